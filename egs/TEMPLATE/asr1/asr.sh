@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# The staged driver that every recipe shares, run from the recipe's folder:
+#   asr.sh --confs "a b" --default-conf a -- USER_OPTIONS
+# Stages only say what runs; the work is Python's.
+set -euo pipefail
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+stage_names=(data dump train decode score)
+
+usage() {
+  cat <<HELP
+Usage: ./run.sh [OPTIONS]
+
+  --conf NAME        configuration in conf/: $confs (default: $default_conf)
+  --stage N          first stage (default: 1)
+  --stop-stage N     last stage (default: ${#stage_names[@]}); --stop_stage too
+  --nj N             processes for data and features (default: number of cores)
+  --ngpu N           0 for the CPU even where there is a GPU (default: what is there)
+  --launcher NAME    local
+  --exp NAME         name of the experiment (default: the configuration's)
+  --list             list the stages and stop
+  --help             this text
+
+A finished stage does nothing when run again; an interrupted one goes on. Stages:
+$(list)
+HELP
+}
+
+list() {
+  local n
+  for n in "${!stage_names[@]}"; do echo "  $((n + 1)) ${stage_names[n]}"; done
+}
+
+fail() { echo "error: run.sh: $1; $2" >&2; exit 2; }
+
+number() {
+  [[ $2 =~ ^[0-9]{1,4}$ ]] || fail "$1 needs a number, got '$2'" "see --help"
+  printf -v "$3" '%d' "$((10#$2))"
+}
+
+confs='' default_conf='' conf='' exp='' launcher=local ngpu=1
+stage=1 stop_stage=${#stage_names[@]} nj=$(nproc) asked=run
+while (($#)); do
+  case $1 in
+    --) shift; continue ;;
+    --list) asked=list; shift; continue ;;
+    --help) asked=usage; shift; continue ;;
+  esac
+  (($# > 1)) || [[ $1 != --* ]] || fail "$1 is unknown or needs a value" "see --help"
+  case $1 in
+    --confs) confs=$2 ;;
+    --default-conf) default_conf=$2 ;;
+    --conf) conf=$2 ;;
+    --stage) number "$1" "$2" stage ;;
+    --stop-stage | --stop_stage) number "$1" "$2" stop_stage ;;
+    --nj) number "$1" "$2" nj ;;
+    --ngpu) number "$1" "$2" ngpu ;;
+    --launcher) launcher=$2 ;;
+    --exp) exp=$2 ;;
+    *) fail "unknown option $1" "see --help" ;;
+  esac
+  shift 2
+done
+if [[ $asked != run ]]; then "$asked"; exit 0; fi
+conf=${conf:-$default_conf}
+exp=${exp:-$conf}
+[[ " $confs " == *" $conf "* ]] || fail "no configuration $conf" "choose one of: $confs"
+[[ $exp =~ ^[A-Za-z0-9_-][A-Za-z0-9._-]*$ ]] || fail "--exp '$exp' is no plain name" "use letters, digits, '.', '_', '-'"
+[[ $launcher == local ]] || fail "no launcher $launcher" "use local"
+((nj > 0)) || fail "--nj must be at least 1" "see --help"
+((1 <= stage && stop_stage <= ${#stage_names[@]})) || fail "stages go from 1 to ${#stage_names[@]}" "see --list"
+((stage <= stop_stage)) || fail "--stage $stage comes after --stop-stage $stop_stage" "see --list"
+
+"$top/tools/setup.sh"
+export PATH="$top/.venv/bin:$PATH"
+if ((ngpu == 0)); then export CUDA_VISIBLE_DEVICES=''; fi
+
+yaml=conf/$conf.yaml
+# names corpus, train_set, valid_set, eval_set, encoder_tag, table, and the array baselines
+# shellcheck disable=SC2154 source=/dev/null
+. ./local/corpus.sh "$conf"
+dump=dump/$encoder_tag
+mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
+decoded=decode_greedy/$eval_set
+
+stage_data() {
+  python local/data.py --corpus "$corpus" --out data --nj "$nj"
+  for set in "${sets[@]}"; do speechllm validate "data/$set"; done
+}
+
+stage_dump() {
+  for set in "${sets[@]}"; do
+    speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
+  done
+}
+
+stage_train() {
+  speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp"
+}
+
+stage_decode() {
+  speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded"
+  for model in "${baselines[@]}"; do
+    speechllm baseline whisper --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$decoded"
+  done
+}
+
+stage_score() {
+  for folder in "exp/$exp" "${baselines[@]/#*\//exp/}"; do
+    speechllm score --ref "data/$eval_set/text" --hyp "$folder/$decoded/text" --groups "data/$eval_set/utt2group" \
+      --out "$folder/$decoded"
+  done
+  speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"
+  cat <<NEXT
+Where to look next:
+  exp/$exp/RESULTS.md                      the table above
+  exp/$exp/$decoded/report.html   every utterance, aligned (open it in a browser)
+  exp/$exp/metrics.jsonl, tensorboard      loss and dev CER as they went
+  speechllm trace UTT_ID --exp exp/$exp    one utterance's way through everything (ids: data/$eval_set/text)
+NEXT
+}
+
+for ((index = stage; index <= stop_stage; index++)); do
+  name=${stage_names[index - 1]} began=$SECONDS
+  echo "== stage $index: $name (conf $conf)"
+  "stage_$name"
+  echo "== stage $index: $name done in $((SECONDS - began)) s"
+done

@@ -1,0 +1,14 @@
+# shellcheck shell=bash disable=SC2034 # sourced by asr.sh, which uses these names
+# What configuration $1 runs on: the corpus and its sets, the folder of its features, the baselines and the table.
+encoder_tag=whisper-base baselines=(openai/whisper-base) table=$1
+case $1 in
+  jsut)
+    corpus=jsut train_set=jsut_train valid_set=jsut_dev eval_set=jsut_eval1 encoder_tag=wavlm-large
+    baselines=(openai/whisper-large-v3)
+    ;;
+  debug)
+    corpus=debug train_set=debug_train valid_set=debug_train eval_set=debug_train encoder_tag=debug baselines=()
+    ;;
+  mini_conv) corpus=mini train_set=mini_train valid_set=mini_dev eval_set=mini_eval table=mini ;;
+  *) corpus=$1 train_set=$1_train valid_set=$1_dev eval_set=$1_eval ;;
+esac

@@ -1,0 +1,93 @@
+"""The Whisper baseline: any Whisper checkpoint, batched, Japanese, greedy, no time stamps."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from speechllm.data import audio, kaldi
+from speechllm.errors import DataError
+from speechllm.lengths import WHISPER_HOP, WHISPER_MAX_MEL_FRAMES
+from speechllm.model import hub
+from speechllm.runtime import pick_device, provenance, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+DEFAULT_MODEL = "openai/whisper-base"
+MAX_NEW_TOKENS = 224  # half of Whisper's context, the rest is its prompt's (Radford 2022, sec. 2.3)
+
+
+@torch.inference_mode()
+def transcribe_dir(data_dir: Path, out: Path, model_name: str, batch_size: int) -> int:
+    """Write Whisper's texts of a data directory to ``out/text``; return the number of utterances.
+
+    Utterances are padded to 30 s, as Whisper was trained; a longer one is an error of `kaldi.validate`'s kind.
+
+    Raises:
+        UserError: data or model are at fault.
+    """
+    data = kaldi.load(data_dir, need_text=False)
+    if (out / "text").is_file() and kaldi.read_table(out / "text").keys() == data.utterances.keys():
+        return 0
+    found = hub.resolve(model_name)
+    transcriber = _Transcriber(found, pick_device("auto"))
+    ids = list(data.utterances)
+    texts: dict[str, str] = {}
+    audio_s, began = 0.0, time.perf_counter()
+    with tqdm(total=len(ids), desc=model_name, unit="utt", disable=None) as bar:
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            waves = [data.utterances[utt_id].read() for utt_id in batch]
+            audio_s += sum(len(wave) for wave in waves) / audio.SAMPLE_RATE_HZ
+            texts |= dict(zip(batch, transcriber(waves), strict=True))
+            bar.update(len(batch))
+    wall_s = time.perf_counter() - began
+    write_json(out / "rtf.json", {"audio_s": audio_s, "wall_s": wall_s, "rtf": wall_s / audio_s})
+    write_json(out / "provenance.json", provenance({"model": found.record()}))
+    kaldi.write_table(out / "text", texts)
+    return len(texts)
+
+
+class _Transcriber:
+    """Whisper with greedy search; a row's text does not depend on the batch, since all are 30 s."""
+
+    def __init__(self, found: hub.Resolved, device: torch.device) -> None:
+        from transformers import (
+            AutoTokenizer,
+            WhisperFeatureExtractor,
+            WhisperForConditionalGeneration,
+        )
+
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        self.model = WhisperForConditionalGeneration.from_pretrained(found.folder, dtype=dtype).to(device).eval()
+        self.features = WhisperFeatureExtractor.from_pretrained(found.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(found.folder)
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, waves: list[NDArray[np.float32]]) -> list[str]:
+        limit = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
+        for wave in waves:
+            if len(wave) > limit:
+                raise DataError(
+                    "audio",
+                    f"lasts {len(wave) / 16_000:.1f} s, Whisper reads 30 s",
+                    "cut it with segments",
+                )
+        features = self.features(waves, sampling_rate=16_000, return_tensors="pt").input_features
+        ids = self.model.generate(
+            features.to(self.device, self.dtype),
+            language="ja",
+            task="transcribe",
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]

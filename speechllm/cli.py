@@ -1,0 +1,187 @@
+"""The command line: ``speechllm COMMAND``. Exit status 0 done, 2 the input's fault, 1 ours, 75 stopped on request."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from speechllm.runtime import setup_logging
+
+app = typer.Typer(
+    name="speechllm",
+    help="Speech recognition with large language models: train, decode, score.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# typer keeps its base class of wrong arguments private, and its public BadParameter is one of them
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+ConfOption = Annotated[Path, typer.Option("--conf", help="Configuration file (YAML).")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+ExpOption = Annotated[Path, typer.Option("--exp", help="Experiment folder.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Kaldi data directory, or a dump of one.")]
+JobsOption = Annotated[int, typer.Option("--nj", min=1, max=256, help="Processes.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a field: key.key=value (repeatable).")]
+
+
+@app.callback()
+def _common(*, verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False) -> None:
+    setup_logging(verbose=verbose)
+
+
+@app.command()
+def validate(
+    data_dir: Annotated[Path, typer.Argument(help="Kaldi data directory.")],
+    *,
+    audio: Annotated[bool, typer.Option("--audio", help="Read every sound too.")] = False,
+) -> None:
+    """Check a Kaldi data directory; print every fault, counts and hours."""
+    from speechllm.data import kaldi
+
+    report = kaldi.validate(data_dir, with_audio=audio)
+    for fault in report.faults[1:]:
+        print(fault)
+    print(f"{data_dir}: {report.as_text()}")
+    if report.faults:
+        raise _Faults(report.faults[0])
+
+
+class _Faults(Exception):  # noqa: N818 - carries a message that is already whole
+    """The first of the faults that `validate` found."""
+
+
+@app.command()
+def dump(conf: ConfOption, data: DataOption, out: OutOption, nj: JobsOption = 1) -> None:
+    """Write frozen-encoder features of a data directory (stage 2)."""
+    from speechllm import stages
+
+    print(f"{out}: {stages.dump(conf, data, out, nj)} utterances")
+
+
+@app.command()
+def train(
+    conf: ConfOption,
+    train: Annotated[Path, typer.Option("--train", help="Dump to train on.")],
+    valid: Annotated[Path, typer.Option("--valid", help="Dump to validate on.")],
+    exp: ExpOption,
+    changes: SetOption = None,
+) -> None:
+    """Train projector and adapter; goes on by itself where it was stopped (stage 3)."""
+    from speechllm import stages
+
+    stages.train(conf, train, valid, exp, tuple(changes or ()))
+    print(f"{exp}/model")
+
+
+@app.command()
+def decode(
+    exp: ExpOption,
+    data: DataOption,
+    out: OutOption,
+    *,
+    beam: Annotated[int | None, typer.Option(min=1, max=64, help="Hypotheses kept; 1 is greedy.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Utterances at a time.")] = None,
+) -> None:
+    """Write the texts of a data directory or a dump with a trained model (stage 4)."""
+    from speechllm import stages
+
+    given = {"beam": beam, "batch_size": batch_size}
+    stages.decode(exp, data, out, {key: value for key, value in given.items() if value is not None})
+    print(f"{out}/text")
+
+
+@app.command()
+def baseline(
+    name: Annotated[str, typer.Argument(help="whisper or hyp.")],
+    data: DataOption,
+    out: OutOption,
+    *,
+    model: Annotated[str, typer.Option(help="Whisper checkpoint, for whisper.")] = "openai/whisper-base",
+    hyp: Annotated[Path | None, typer.Option(help="Ready hypothesis file, for hyp.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Utterances at a time.")] = 8,
+) -> None:
+    """Write another system's texts of the same data directory (stage 4)."""
+    from speechllm import stages
+
+    stages.baseline(name, data, out, stages.BaselineOptions(model, hyp, batch_size))
+    print(f"{out}/text")
+
+
+@app.command()
+def score(
+    ref: Annotated[Path, typer.Option("--ref", help="Reference, Kaldi text.")],
+    hyp: Annotated[Path, typer.Option("--hyp", help="Hypotheses, Kaldi text.")],
+    out: OutOption,
+    *,
+    profile: Annotated[str, typer.Option(help="default, espnet, reazon, kotoba or raw.")] = "default",
+    groups: Annotated[Path | None, typer.Option(help="Table of utterance and group, scored apart too.")] = None,
+    missing_as_deletions: Annotated[bool, typer.Option("--missing-as-deletions")] = False,
+) -> None:
+    """Write score.json, the alignment and the report of a hypothesis file (stage 5)."""
+    from speechllm.score.run import ScoreOptions, score_files
+
+    options = ScoreOptions(profile=profile, groups=groups, missing_as_deletions=missing_as_deletions)
+    result = score_files(ref, hyp, out, options)
+    for name, metric in result["metrics"].items():
+        low, high = metric["ci95"]
+        print(f"{name:12s} {100 * metric['value']:7.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")
+    print(f"{out}/score.json")
+
+
+@app.command()
+def table(
+    path: Annotated[Path, typer.Argument(help="Table description (YAML).")],
+    out: Annotated[Path, typer.Option("--out", help="Markdown to write.")] = Path("RESULTS.md"),
+) -> None:
+    """Write RESULTS.md from score files alone."""
+    from speechllm.score.table import write_table
+
+    print(write_table(path, out), end="")
+
+
+@app.command()
+def trace(
+    utt_id: Annotated[str, typer.Argument(help="Utterance of the decoded data directory.")],
+    exp: ExpOption,
+    data: Annotated[Path | None, typer.Option("--data", help="Data directory; default: the one decoded last.")] = None,
+) -> None:
+    """Print one utterance's way from wav.scp to CER."""
+    from speechllm.trace import trace as run
+
+    print(run(utt_id, exp, data), end="")
+
+
+def main() -> None:
+    """Run the command line and exit with the status that other programs rely on."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Return the exit status of a command line; every fault is one line on stderr."""
+    try:
+        app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
+    except (UserError, _Faults) as error:
+        return _fail(str(error), EXIT_USER)
+    except UsageError as error:
+        command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+        return _fail(f"speechllm {command}: {str(error).rstrip('.')}; see --help", EXIT_USER)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        print(f"stopped: {stopped or 'by the keyboard'}", file=sys.stderr)
+        return EXIT_STOPPED
+    except OSError as error:
+        return _fail(
+            f"{error.filename or 'system'}: {error.strerror or error}; mend it and run again",
+            EXIT_OURS,
+        )
+    return 0 if arguments else EXIT_USER
+
+
+def _fail(message: str, status: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,182 @@
+"""Reads a configuration from YAML, strictly: no tags, no repeated keys, no guessing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from speechllm.config.schema import Config
+from speechllm.errors import ConfigError
+from speechllm.runtime import write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_YAML_BYTES = 1 << 20
+REFUSED = {yaml.AliasToken: "aliases are", yaml.TagToken: "tags are"}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, made to refuse what it would take in silence."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Build a mapping; a repeated key names its line, and `line_of` remembers where each key stands."""
+    built: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        where = f"{loader.name}:{key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise ConfigError(where, f"the key {key!r} is not text", "put it in quotes")
+        if key in built:
+            raise ConfigError(where, f"{key} stands here twice", "delete one of the two")
+        built[key] = loader.construct_object(value_node, deep=True)
+    return built
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # YAML 1.1 takes 010 for 8 and 1:30 for 90
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# YAML 1.1 reads `no` as false: as in YAML 1.2, only these are truth values
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:bool"]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+# YAML 1.1 reads 1e-4 as text: YAML 1.2's number forms are added in front
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file of ours.
+
+    Raises:
+        ConfigError: missing, too large, not UTF-8, not YAML, with aliases, tags or a repeated key.
+    """
+    if not path.is_file():
+        raise ConfigError(path, "no such configuration file", "see conf/ for the ones there are")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ConfigError(path, "is larger than 1 MiB", "give a configuration")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, f"is not UTF-8 (byte {error.start + 1})", "save it as UTF-8") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, name: str) -> Any:
+    """Return what a YAML text says; messages call it `name`."""
+    try:
+        for token in yaml.scan(text):
+            if type(token) in REFUSED:
+                where = f"{name}:{token.start_mark.line + 1}"
+                raise ConfigError(where, f"{REFUSED[type(token)]} not read", "write the value out")
+        loader = _Loader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}", f"is not YAML ({error.problem})", "mend it") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(name, f"is not YAML ({error})", "mend it") from error
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Return the configuration in `path`, changed by ``key.key=value`` overrides.
+
+    Raises:
+        ConfigError: an unknown key (the nearest right one is named), a wrong type or range.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(path, "holds no mapping", "see conf/ for examples")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise _explain(path, error) from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(override, "is no override", "write it as key.key=value")
+    *parents, last = dotted.split(".")
+    target = content
+    for key in parents:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(override, f"{key} has no fields", "write it as key.key=value")
+    target[last] = _parse(value, override)
+
+
+def _explain(path: Path, error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    name = ".".join(keys)
+    where = f"{path}:{_line_of(path, keys)}"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(keys[-1], _known_keys(), n=1)
+        fix = f"did you mean {near[0]}?" if near else "delete it"
+        return ConfigError(where, f"unknown key {name}", fix)
+    given = json.dumps(first.get("input"), ensure_ascii=False, default=str)[:80]
+    return ConfigError(where, f"{name}: {first['msg']}, got {given}", "see docs/configuration.md")
+
+
+def _line_of(path: Path, keys: list[str]) -> int:
+    """Return the line on which the last of `keys` that is in the file stands (1 where none is)."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line = 1
+    for wanted in keys:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for key_node, value_node in node.value:
+            if key_node.value == wanted:
+                line, node = key_node.start_mark.line + 1, value_node
+                break
+    return line
+
+
+def _known_keys() -> list[str]:
+    schema = Config.model_json_schema()
+    parts = [schema, *schema["$defs"].values()]
+    return [key for part in parts for key in part.get("properties", {})]
+
+
+def dump(config: Config, path: Path) -> None:
+    """Write the resolved configuration, every default included."""
+    content = config.model_dump(mode="json")
+    write_text(path, yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return ``key: old -> new`` for every field that differs."""
+    return _differences("", old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def _differences(prefix: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(f"{prefix}.{key}".lstrip("."), old.get(key), new.get(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]

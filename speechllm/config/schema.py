@@ -1,0 +1,187 @@
+"""The configuration of a run: typed, frozen, every field described and bounded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+DEFAULT_PROMPT = "音声を書き起こしてください。"
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class EncoderConfig(Section):
+    """The frozen speech encoder."""
+
+    name: str
+    """Folder or model-hub name of a Hugging Face speech encoder."""
+    layer: int | None = None
+    """Hidden layer whose output is used, 1 for the first; the last one, with its final norm, when null."""
+    pad_to_30s: bool = False
+    """Whisper only: pad every utterance to 30 s as in its training, and keep only the true frames."""
+    dtype: DtypeName = "float32"
+    """Precision the encoder computes in; the store holds float16 either way."""
+
+
+class LmConfig(Section):
+    """The frozen language model."""
+
+    name: str
+    """Folder or model-hub name of a Hugging Face causal language model."""
+    dtype: DtypeName = "bfloat16"
+    """Precision of the frozen weights while training."""
+    cut_vocabulary: bool = False
+    """Keep only the tokens that Japanese text and the training set use; other text falls back to bytes."""
+
+
+class LoraConfig(Section):
+    """The adapter of the language model."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of the two factors."""
+    alpha: PositiveFloat = 16.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout before the first factor."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that get an adapter."""
+
+
+class ConvMlpProjector(Section):
+    """The published projector: one strided convolution, then a two-layer perceptron."""
+
+    kind: Literal["conv_mlp"] = "conv_mlp"
+    """Names this variant."""
+    stride: Annotated[int, Field(ge=1, le=50)] = 5
+    """Encoder frames a projected token; also the kernel (20 ms frames: 5 is 100 ms)."""
+    hidden: PositiveInt = 2048
+    """Width between the two linear layers."""
+
+
+class LinearProjector(Section):
+    """Neighbouring frames stacked, then one linear map."""
+
+    kind: Literal["linear"] = "linear"
+    """Names this variant."""
+    stride: Annotated[int, Field(ge=1, le=50)] = 5
+    """Encoder frames stacked into one projected token."""
+
+
+class CtcProjector(Section):
+    """A kana recogniser in front: its posteriors weight the language model's own kana embeddings."""
+
+    kind: Literal["ctc"] = "ctc"
+    """Names this variant."""
+    hidden: PositiveInt = 512
+    """Channels of the two convolutions of the head."""
+    stride: Annotated[int, Field(ge=1, le=8)] = 2
+    """Stride of the first convolution."""
+    dropout: Fraction = 0.1
+    """Dropout in the head, also while the language model learns to read its output."""
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 5
+    """Passes over the training set that train the head alone, before the language model's turn."""
+    peak_lr: PositiveFloat = 1e-3
+    """Learning rate of these passes after the warm-up."""
+    batch_frames: PositiveInt = 8000
+    """Encoder frames a batch of these passes, padding included."""
+
+
+Projector = Annotated[ConvMlpProjector | LinearProjector | CtcProjector, Field(discriminator="kind")]
+
+
+class AugmentConfig(Section):
+    """SpecAugment on the stored features: a pure function of seed, epoch and utterance."""
+
+    time_masks: Annotated[int, Field(ge=0, le=20)] = 0
+    """Stretches set to the utterance's mean, each utterance."""
+    max_time_mask_frames: PositiveInt = 10
+    """Longest stretch, in encoder frames."""
+    channel_masks: Annotated[int, Field(ge=0, le=20)] = 0
+    """Bands of feature channels set to the utterance's mean, each utterance."""
+    max_channel_mask: PositiveInt = 32
+    """Widest band, in channels."""
+    noise: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Gaussian noise added, as a fraction of the utterance's standard deviation."""
+
+
+class TrainConfig(Section):
+    """Training of projector and adapter."""
+
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
+    """Passes over the training set; a fraction ends within a pass."""
+    batch_tokens: PositiveInt = 4096
+    """Language-model positions a batch, padding included; what fits is decided by length."""
+    accumulate: PositiveInt = 1
+    """Batches summed into one step."""
+    peak_lr: PositiveFloat = 1e-4
+    """Learning rate of the projector after the warm-up."""
+    lora_lr: PositiveFloat = 1e-4
+    """Learning rate of the adapter after the warm-up."""
+    warmup: Fraction = 0.03
+    """Part of the steps over which the learning rate rises linearly; then it falls as a cosine."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """AdamW's decay of matrices; vectors have none."""
+    clip_norm: PositiveFloat = 1.0
+    """Largest norm of the whole gradient."""
+    validate_every: PositiveInt = 100
+    """Steps between two looks at the validation set."""
+    valid_utts: PositiveInt = 64
+    """Utterances of the validation set that are decoded for the CER; the first by id."""
+    save_every: PositiveInt = 50
+    """Steps between two saved states."""
+    max_dropped: Fraction = 0.01
+    """Part of the training set that may be left out as too long before the run is refused."""
+    augment: AugmentConfig = AugmentConfig()
+    """Changes to the features while training."""
+
+
+class DecodeConfig(Section):
+    """Search for the text."""
+
+    beam: Annotated[int, Field(ge=1, le=64)] = 1
+    """Hypotheses kept; 1 is greedy search."""
+    length_penalty: Annotated[float, Field(ge=-5.0, le=5.0)] = 0.0
+    """A finished hypothesis is ranked by log probability / tokens ** this."""
+    batch_size: PositiveInt = 32
+    """Utterances decoded together, of like length."""
+    dtype: DtypeName = "float32"
+    """Precision of the language model; in float32 the batch never changes a text."""
+    tokens_per_s: PositiveFloat = 10.0
+    """Most tokens a second of sound, on top of the next."""
+    extra_tokens: PositiveInt = 20
+    """Tokens allowed whatever the duration."""
+    normalize: str = "raw"
+    """Text profile applied to what was decoded, for a reader; scoring has its own."""
+
+
+class Config(Section):
+    """Everything that decides the outcome of a run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """All randomness is a function of this, the epoch and the utterance id."""
+    device: DeviceName = "auto"
+    """`auto` takes the GPU where there is one."""
+    prompt: str = DEFAULT_PROMPT
+    """What the language model is asked, before the sound; stored with the model."""
+    encoder: EncoderConfig
+    """Frozen speech encoder."""
+    lm: LmConfig
+    """Frozen language model."""
+    projector: Projector = ConvMlpProjector()
+    """What joins the two."""
+    lora: LoraConfig | None = LoraConfig()
+    """Adapter of the language model; null trains the projector alone."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+    decode: DecodeConfig = DecodeConfig()
+    """Decoding."""

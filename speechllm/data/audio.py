@@ -1,0 +1,119 @@
+"""Audio in and out: the only module that touches soundfile and torchaudio."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+
+from speechllm.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+SAMPLE_RATE_HZ = 16_000
+MIN_SAMPLE_RATE_HZ = 4_000
+MAX_SAMPLE_RATE_HZ = 192_000
+MAX_CHANNELS = 16
+MAX_DURATION_S = 4 * 3600.0
+MAX_RESAMPLE_TAPS = 1 << 24
+READ_AGAIN = "replace the file or take it out of wav.scp"
+# libsndfile reads a file that was cut short as a shorter one, and says so only in its log
+CUT_SHORT = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+MAX_STREAMED_BYTES = 0x7FFF0000  # programs that write into a pipe put this or more where the size is not known yet
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of an audio file says."""
+
+    sample_rate_hz: int
+    num_samples: int
+    num_channels: int
+
+    @property
+    def duration_s(self) -> float:
+        """Return the length in seconds."""
+        return self.num_samples / self.sample_rate_hz
+
+
+def inspect(path: Path) -> AudioInfo:
+    """Return what the header says, within the bounds that we read.
+
+    Raises:
+        DataError: no such file, not audio, cut short, or a rate, channel count or length out of bounds.
+    """
+    if not path.is_file():
+        raise DataError(path, "no such audio file", "mend its path in wav.scp")
+    try:
+        header = soundfile.info(str(path))
+    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: headerless, by its name
+        raise DataError(path, f"is not audio that libsndfile reads ({_reason(error)})", READ_AGAIN) from error
+    for claimed, there in CUT_SHORT.findall(header.extra_info):
+        if int(there) < int(claimed) < MAX_STREAMED_BYTES:
+            raise DataError(path, f"is cut short: {there} of {claimed} bytes are there", READ_AGAIN)
+    info = AudioInfo(header.samplerate, header.frames, header.channels)
+    if not MIN_SAMPLE_RATE_HZ <= info.sample_rate_hz <= MAX_SAMPLE_RATE_HZ:
+        raise DataError(path, f"has a sample rate of {info.sample_rate_hz} Hz", READ_AGAIN)
+    common_hz = math.gcd(info.sample_rate_hz, SAMPLE_RATE_HZ)
+    if info.sample_rate_hz * SAMPLE_RATE_HZ > MAX_RESAMPLE_TAPS * common_hz**2:
+        what = f"has a sample rate of {info.sample_rate_hz} Hz, in no small ratio to {SAMPLE_RATE_HZ} Hz"
+        raise DataError(path, what, "resample it with another program")
+    if not 1 <= info.num_channels <= MAX_CHANNELS:
+        raise DataError(path, f"has {info.num_channels} channels", READ_AGAIN)
+    if info.num_samples < 1:
+        raise DataError(path, "holds no samples", READ_AGAIN)
+    if info.duration_s > MAX_DURATION_S:
+        raise DataError(path, f"lasts {info.duration_s:.0f} s", "cut it into recordings of four hours at most")
+    return info
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rsplit(": ", maxsplit=1)[-1].rstrip(".")
+
+
+def read(path: Path, start_s: float = 0.0, end_s: float | None = None) -> NDArray[np.float32]:
+    """Return samples [s] of `path` at 16 kHz, channels averaged, from `start_s` to `end_s` seconds.
+
+    Raises:
+        DataError: as `inspect`; or the file ends before its header says, or before `end_s`; or it
+            holds values that are not finite.
+    """
+    info = inspect(path)
+    first = round(start_s * info.sample_rate_hz)
+    last = info.num_samples if end_s is None else round(end_s * info.sample_rate_hz)
+    if not 0 <= first < last <= info.num_samples:
+        where = f"{start_s:.3f} to {last / info.sample_rate_hz:.3f} s"
+        raise DataError(path, f"has no {where}: it lasts {info.duration_s:.3f} s", "mend segments")
+    try:
+        wave, _ = soundfile.read(str(path), start=first, stop=last, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise DataError(path, f"cannot be decoded ({_reason(error)})", READ_AGAIN) from error
+    if len(wave) != last - first:
+        what = f"is cut short: {first + len(wave)} of {info.num_samples} samples are there"
+        raise DataError(path, what, READ_AGAIN)
+    if not np.isfinite(wave).all():
+        raise DataError(path, "holds samples that are NaN or infinite", READ_AGAIN)
+    return resample(wave.mean(axis=1), info.sample_rate_hz, SAMPLE_RATE_HZ)
+
+
+def resample(wave: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
+    """Return `wave` [s] at `to_hz`, by torchaudio's windowed-sinc filter."""
+    if from_hz == to_hz:
+        return wave
+    import torch
+    from torchaudio.functional import resample as sinc
+
+    resampled: NDArray[np.float32] = sinc(torch.from_numpy(wave), from_hz, to_hz).numpy()
+    return resampled
+
+
+def write_wav(path: Path, wave: NDArray[np.float32], sample_rate_hz: int) -> None:
+    """Write `wave` [s] in -1..1 as 16-bit PCM."""
+    soundfile.write(str(path), wave, sample_rate_hz, subtype="PCM_16", format="WAV")

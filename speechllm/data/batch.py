@@ -1,0 +1,42 @@
+"""Batches of utterances of like length, within a budget of positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speechllm.runtime import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+JITTER = 0.1  # of a length: so that an utterance meets other neighbours in every epoch
+
+
+def budget_batches(sizes: Mapping[str, int], budget: int, seed: int, epoch: int) -> list[list[str]]:
+    """Return the utterance ids of each batch of an epoch, in training order.
+
+    A batch holds utterances of like size; its longest size times its number is at most `budget` (one utterance that
+    is longer stands alone). A pure function of its arguments.
+    """
+    rng = np.random.default_rng(derive_seed("batch", seed, epoch))
+    ids = sorted(sizes)
+    keys = np.array([sizes[utt_id] for utt_id in ids]) * rng.uniform(1 - JITTER, 1 + JITTER, len(ids))
+    batches: list[list[str]] = []
+    longest = 0
+    for index in np.argsort(keys, kind="stable"):
+        utt_id = ids[int(index)]
+        longest = max(longest, sizes[utt_id])
+        if not batches or longest * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+            longest = sizes[utt_id]
+        batches[-1].append(utt_id)
+    return [batches[int(index)] for index in rng.permutation(len(batches))]
+
+
+def padding_waste(batches: list[list[str]], sizes: Mapping[str, int]) -> float:
+    """Return the fraction of positions that are padding."""
+    padded = sum(max(sizes[utt_id] for utt_id in batch) * len(batch) for batch in batches)
+    true = sum(sizes[utt_id] for batch in batches for utt_id in batch)
+    return 1 - true / padded

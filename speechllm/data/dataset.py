@@ -1,0 +1,79 @@
+"""Examples of a dump directory: features by id, with their transcripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speechllm.data.archive import Store
+from speechllm.data.kaldi import byte_order, read_table
+from speechllm.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from speechllm.config.schema import AugmentConfig
+
+from speechllm.runtime import derive_seed
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance: its id, how many frames it has, and what was said."""
+
+    utt_id: str
+    num_frames: int
+    text: str
+
+
+class FeatureSet:
+    """The examples of one dump directory, in byte order of their ids."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tables of `folder`; features are read when asked for.
+
+        Raises:
+            DataError: a table is missing, or features and transcripts are of different utterances.
+        """
+        self.folder = folder
+        self.store = Store(folder)
+        texts = read_table(folder / "text")
+        if differing := byte_order(texts.keys() ^ self.store.places.keys()):
+            what = f"{differing[0]} is not in both text and feats.scp"
+            raise DataError(folder, what, "run stage 2 again")
+        self.examples = {
+            utt_id: Example(utt_id, self.store.frames[utt_id], texts[utt_id]) for utt_id in byte_order(texts)
+        }
+
+    def frames(self, utt_id: str) -> NDArray[np.float32]:
+        """Return the features [e h] of an utterance."""
+        return self.store.read(utt_id).astype(np.float32)
+
+
+def augment(
+    frames_eh: NDArray[np.float32], config: AugmentConfig, seed: int, epoch: int, utt_id: str
+) -> NDArray[np.float32]:
+    """Return features with stretches and bands set to the mean, and noise (SpecAugment, Park 2019, sec. 2).
+
+    A pure function of its arguments: a resumed run replays it exactly.
+    """
+    rng = np.random.default_rng(derive_seed("augment", seed, epoch, utt_id))
+    changed = frames_eh.copy()
+    mean_h = frames_eh.mean(axis=0)
+    length, width = frames_eh.shape
+    for _ in range(config.time_masks):
+        size = int(rng.integers(0, min(config.max_time_mask_frames, length) + 1))
+        start = int(rng.integers(0, length - size + 1))
+        changed[start : start + size] = mean_h
+    for _ in range(config.channel_masks):
+        size = int(rng.integers(0, min(config.max_channel_mask, width) + 1))
+        start = int(rng.integers(0, width - size + 1))
+        changed[:, start : start + size] = mean_h[start : start + size]
+    if config.noise:
+        noise = rng.standard_normal(frames_eh.shape, dtype=np.float32)
+        changed += config.noise * frames_eh.std(axis=0) * noise
+    return changed

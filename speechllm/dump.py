@@ -1,0 +1,231 @@
+"""Stage 2: frozen-encoder features of a data directory, in shards that a killed run need not make again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from speechllm.data import archive, audio, kaldi
+from speechllm.errors import DataError
+from speechllm.model import hub
+from speechllm.runtime import hash_texts, pick_device, provenance, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from speechllm.config.schema import EncoderConfig
+
+log = logging.getLogger(__name__)
+
+UTTS_PER_SHARD = 256
+BATCH_SECONDS = {"cpu": 12.0, "cuda": 400.0}
+COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2dur", "utt2group")
+MARK = "dump.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the utterances and where its features go."""
+
+    number: int
+    utterances: tuple[kaldi.Utterance, ...]
+    out: Path
+    fingerprint: str
+    encoder: EncoderConfig
+    device: str
+    threads: int
+
+    @property
+    def ark(self) -> Path:
+        """Return the archive's path."""
+        return self.out / f"feats.{self.number:04d}.ark"
+
+    @property
+    def mark(self) -> Path:
+        """Return the file that says that the archive is whole."""
+        return self.out / f"feats.{self.number:04d}.json"
+
+
+def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers: int) -> int:
+    """Write the features of `data_dir` to `out` and return the number of utterances.
+
+    Finished shards of an interrupted run are kept. Nothing is done where all is there already.
+
+    Raises:
+        DataError: the data are at fault, or `out` was made from other data or with another encoder.
+    """
+    data = kaldi.load(data_dir)
+    record = _record(encoder, data)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            if not _finished(out, record):
+                _dump(encoder, device, data, out, record, workers)
+    except Timeout as error:
+        raise DataError(out, "another process is writing here", "wait for it to end") from error
+    return len(data)
+
+
+def _record(encoder: EncoderConfig, data: kaldi.DataDir) -> dict[str, object]:
+    """Return what decides the features: a dump is reused only where all of it is the same."""
+    found = hub.resolve(encoder.name)
+    missing = [utt.wav for utt in data.utterances.values() if not utt.wav.is_file()]
+    if missing:
+        raise DataError(missing[0], "no such audio file", f"mend {data.path}/wav.scp or rerun stage 1")
+    sizes = hash_texts(f"{utt.utt_id} {utt.wav.stat().st_size}" for utt in data.utterances.values())
+    return {
+        "encoder": found.name,
+        "encoder_fingerprint": found.fingerprint,
+        "encoder_source": found.source,
+        "layer": encoder.layer,
+        "pad_to_30s": encoder.pad_to_30s,
+        "dtype": encoder.dtype,
+        "stored": "float16",
+        "data": kaldi.data_hash(data),
+        "audio": sizes,
+        "utts_per_shard": UTTS_PER_SHARD,
+    }
+
+
+def _finished(out: Path, record: dict[str, object]) -> bool:
+    """Return whether `out` is whole; a dump of something else is refused with the difference."""
+    if not (out / MARK).exists():
+        return False
+    content = read_json(out / MARK)
+    old = content["record"]
+    assert isinstance(old, dict)
+    for key, value in record.items():
+        if old.get(key) != value:
+            what = f"holds a dump with {key} = {old.get(key)}, now it is {value}"
+            raise DataError(out, what, "remove the folder or choose another")
+    return bool(content["complete"])
+
+
+def _dump(
+    encoder: EncoderConfig,
+    device: str,
+    data: kaldi.DataDir,
+    out: Path,
+    record: dict[str, object],
+    workers: int,
+) -> None:
+    write_json(out / MARK, {"record": record, "complete": False})
+    utterances = list(data.utterances.values())
+    count = max(1, math.ceil(len(utterances) / UTTS_PER_SHARD))
+    workers = max(1, min(workers, count))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    fingerprint = hash_texts([json.dumps(record, sort_keys=True)])
+    shards = [Shard(n, tuple(utterances[n::count]), out, fingerprint, encoder, device, threads) for n in range(count)]
+    waiting = [shard for shard in shards if not _shard_done(shard)]
+    log.info(
+        "dump utts=%d shards=%d done=%d workers=%d",
+        len(utterances),
+        count,
+        count - len(waiting),
+        workers,
+    )
+    total = sum(len(shard.utterances) for shard in waiting)
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(workers) as pool,
+        tqdm(total=total, desc=f"features {out.name}", unit="utt", disable=None) as progress,
+    ):
+        for done in pool.imap_unordered(_write_shard, waiting):
+            progress.update(done)
+    _merge(data, out, shards)
+    write_json(out / "provenance.json", provenance({"encoder": hub.resolve(encoder.name).record()}))
+    write_json(out / MARK, {"record": record, "complete": True})
+
+
+def _shard_done(shard: Shard) -> bool:
+    if not (shard.mark.exists() and shard.ark.exists()):
+        return False
+    mark = read_json(shard.mark)
+    return mark["fingerprint"] == shard.fingerprint and mark["sha256"] == archive.sha256(shard.ark)
+
+
+def _write_shard(shard: Shard) -> int:
+    """Encode one shard into a temporary archive, rename it, and write its mark last."""
+    import torch
+
+    from speechllm.model.encoder import load_encoder
+
+    torch.set_num_threads(shard.threads)
+    device = pick_device(shard.device)
+    encoder = load_encoder(shard.encoder, hub.resolve(shard.encoder.name), device)
+    temporary = shard.out / f".tmp.{shard.number:04d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    partial = temporary / shard.ark.name
+
+    def encoded() -> Iterator[tuple[str, NDArray[np.float16]]]:
+        for batch in _batches(shard.utterances, BATCH_SECONDS[device.type]):
+            waves = [utt.read() for utt in batch]
+            try:
+                frames = encoder.encode(waves)
+            except DataError as error:
+                raise DataError(f"{batch[0].wav} to {batch[-1].wav}", error.what, error.fix) from error
+            for utt, wave, matrix in zip(batch, waves, frames, strict=True):
+                assert len(matrix) == encoder.num_frames(len(wave)), utt.utt_id
+                yield utt.utt_id, _half(matrix.numpy(), utt.utt_id)
+
+    frames = archive.write_archive(partial, encoded())
+    places = partial.with_suffix(".scp").read_text(encoding="utf-8").replace(f"{temporary}/", "")
+    digest = archive.sha256(partial)
+    partial.replace(shard.ark)
+    write_text(shard.ark.with_suffix(".scp"), places)
+    write_json(shard.mark, {"fingerprint": shard.fingerprint, "sha256": digest, "frames": frames})
+    shutil.rmtree(temporary)
+    return len(shard.utterances)
+
+
+def _batches(utterances: Sequence[kaldi.Utterance], seconds: float) -> Iterator[list[kaldi.Utterance]]:
+    """Yield utterances of like length together, up to so many seconds of sound."""
+    by_size = sorted(utterances, key=lambda utt: (utt.wav.stat().st_size, utt.utt_id))
+    batch: list[kaldi.Utterance] = []
+    for utt in by_size:
+        length_s = (utt.end_s or audio.inspect(utt.wav).duration_s) - utt.start_s
+        if batch and length_s * (len(batch) + 1) > seconds:
+            yield batch
+            batch = []
+        batch.append(utt)
+    if batch:
+        yield batch
+
+
+def _half(matrix_eh: NDArray[np.float32], utt_id: str) -> NDArray[np.float16]:
+    """Return the features in float16; a value that does not fit is an error, not an infinity."""
+    with np.errstate(over="ignore"):
+        half = matrix_eh.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise DataError(utt_id, "has features that float16 cannot hold", "take the utterance out")
+    return half
+
+
+def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard]) -> None:
+    places: dict[str, str] = {}
+    frames: dict[str, str] = {}
+    for shard in shards:
+        places |= kaldi.read_table(shard.ark.with_suffix(".scp"))
+        counts = read_json(shard.mark)["frames"]
+        assert isinstance(counts, dict)
+        frames |= {key: str(value) for key, value in counts.items()}
+    assert places.keys() == data.utterances.keys()
+    for name in (*COPIED_TABLES, "wav.scp", "segments"):
+        if (data.path / name).exists():
+            write_text(out / name, (data.path / name).read_text(encoding="utf-8"))
+    kaldi.write_table(out / "utt2num_frames", frames)
+    kaldi.write_table(out / "feats.scp", places)

@@ -1,0 +1,42 @@
+"""The faults that a run can end with, each with its exit status."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EXIT_OURS = 1
+EXIT_USER = 2
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """The user's input is at fault: says where it is, what is wrong, and what mends it.
+
+    Shown as one line, ``error: where: what; fix``, with exit status 2.
+    """
+
+    def __init__(self, where: str | Path, what: str, fix: str) -> None:
+        """Join the three parts into one line; line breaks inside them become blanks."""
+        self.where = " ".join(str(where).split())
+        self.what = " ".join(what.split())
+        self.fix = " ".join(fix.split())
+        super().__init__(f"{self.where}: {self.what}; {self.fix}")
+
+
+class ConfigError(UserError):
+    """A configuration file or an option is wrong."""
+
+
+class DataError(UserError):
+    """A data directory, an audio file, an archive or a text file is wrong."""
+
+
+class ModelError(UserError):
+    """A model folder is missing, incomplete, or not the one that was asked for."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
+    """The run was asked to stop and has saved its state; running it again goes on."""

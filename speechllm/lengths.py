@@ -1,0 +1,42 @@
+"""The only length arithmetic: samples to feature frames to encoder frames to projected tokens.
+
+>>> whisper_mel_frames(16_000), whisper_encoder_frames(100)
+(100, 50)
+>>> conv_frames(160_000, WAV2VEC2_KERNELS, WAV2VEC2_STRIDES)
+499
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WHISPER_HOP = 160  # samples between two mel frames: 10 ms (Radford 2022, sec. 2.2)
+WHISPER_MAX_MEL_FRAMES = 3000
+WAV2VEC2_KERNELS = (10, 3, 3, 3, 3, 2, 2)  # Baevski 2020, sec. 4.2
+WAV2VEC2_STRIDES = (5, 2, 2, 2, 2, 2, 2)
+
+
+def whisper_mel_frames(num_samples: int) -> int:
+    """Return mel frames of `num_samples` at 16 kHz: the last, centred past the end, is dropped."""
+    return num_samples // WHISPER_HOP
+
+
+def whisper_encoder_frames(num_frames: int) -> int:
+    """Return frames after Whisper's two convolutions, the second with stride 2."""
+    return (num_frames + 1) // 2
+
+
+def conv_frames(num_samples: int, kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Return what unpadded convolutions leave of `num_samples`; 0 where the input is too short."""
+    length = num_samples
+    for kernel, stride in zip(kernels, strides, strict=True):
+        length = max(0, (length - kernel) // stride + 1)
+    return length
+
+
+def strided_tokens(num_frames: int, stride: int) -> int:
+    """Return projected tokens of a projector that joins `stride` frames; a short last group is padded."""
+    return -(-num_frames // stride)

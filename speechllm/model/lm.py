@@ -1,0 +1,171 @@
+"""The frozen causal language model with its LoRA adapter, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from speechllm.errors import ConfigError, ModelError
+from speechllm.model import vocabulary
+from speechllm.runtime import torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from speechllm.config.schema import LoraConfig
+    from speechllm.model.hub import Resolved
+
+LORA_KEY = "lora_"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model and what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    kept_ids: tuple[int, ...] | None
+    """Old ids of the tokens that a cut vocabulary kept, or None."""
+
+    @property
+    def width(self) -> int:
+        """Return the width of its embeddings, d."""
+        width: int = self.model.get_input_embeddings().embedding_dim
+        return width
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Return vectors [l d] of token ids, on the scale that the model's blocks expect.
+
+        Gemma multiplies by sqrt(d) inside its embedding layer, so this and nothing else may look tokens up.
+        """
+        embedding: nn.Module = self.model.get_input_embeddings()
+        vectors: Tensor = embedding(torch.tensor(ids, device=self.model.device, dtype=torch.long))
+        return vectors
+
+    def hidden(self, embeds_bld: Tensor, mask_bl: Tensor) -> Tensor:
+        """Return the last hidden states [b l d]; `mask_bl` is True on true positions, on either side."""
+        body: Any = self.model.base_model
+        output = body(
+            inputs_embeds=embeds_bld,
+            attention_mask=mask_bl.long(),
+            position_ids=positions_of(mask_bl),
+            use_cache=False,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def logits(self, hidden_xd: Tensor) -> Tensor:
+        """Return float32 logits [x v] of hidden states."""
+        head: nn.Module = self.model.get_output_embeddings()
+        scores: Tensor = head(hidden_xd).float()
+        cap = self.model.config.to_dict().get("final_logit_softcapping")
+        return torch.tanh(scores / cap) * cap if cap else scores
+
+
+def positions_of(mask_bl: Tensor) -> Tensor:
+    """Return position ids [b l] that count the true positions from 0, whatever the padding."""
+    return (mask_bl.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none that transformers can read, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(folder, f"has no readable tokenizer ({reason})", "download the whole model") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(folder, "its tokenizer has no end-of-sequence token", "use another model")
+    return tokenizer
+
+
+def load_lm(found: Resolved, dtype: str, device: torch.device, kept_ids: Sequence[int] | None) -> LanguageModel:
+    """Return the language model in `found`, frozen, its vocabulary cut to `kept_ids` where given.
+
+    Raises:
+        ModelError: the folder holds no causal language model, or not all of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.folder, dtype=torch_dtype(dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(found.folder, f"is no causal language model ({reason})", "name another in lm.name") from error
+    if report["missing_keys"]:
+        raise ModelError(found.folder, f"lacks the weight {min(report['missing_keys'])}", "download it again")
+    tokenizer = load_tokenizer(found.folder)
+    if kept_ids is not None:
+        vocabulary.cut_model(model, kept_ids)
+        tokenizer = vocabulary.cut_tokenizer(tokenizer, kept_ids)
+    model.requires_grad_(requires_grad=False)
+    model.to(device).eval()
+    return LanguageModel(model, tokenizer, None if kept_ids is None else tuple(kept_ids))
+
+
+def add_lora(lm: LanguageModel, config: LoraConfig) -> None:
+    """Add trainable float32 adapters to the linear layers that the configuration names, in place.
+
+    Raises:
+        ConfigError: the model has no linear layer of one of these names; those it has are listed.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    names = {name.rsplit(".", 1)[-1] for name, part in lm.model.named_modules() if isinstance(part, nn.Linear)}
+    for target in config.targets:
+        if target not in names:
+            fix = f"choose from {', '.join(sorted(names))}"
+            raise ConfigError("lora.targets", f"the language model has no layer {target}", fix)
+    inject_adapter_in_model(
+        PeftConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.targets),
+        ),
+        lm.model,
+    )
+    for name, parameter in lm.model.named_parameters():
+        parameter.requires_grad_(LORA_KEY in name)
+        if LORA_KEY in name:
+            parameter.data = parameter.data.float()
+
+
+def merge_lora(lm: LanguageModel) -> None:
+    """Add each adapter's product to its layer's weight, so that decoding pays nothing for it."""
+    for _, module in lm.model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "merge"):
+            module.merge(safe_merge=True)
+
+
+def lora_state(lm: LanguageModel) -> dict[str, Tensor]:
+    """Return the adapter's tensors by name."""
+    return {name: value for name, value in lm.model.named_parameters() if LORA_KEY in name}
+
+
+def kept_ids_for(found: Resolved, texts: Iterable[str]) -> list[int]:
+    """Return the ids that a cut vocabulary keeps for `texts`; see `vocabulary.kept_ids`."""
+    tokenizer: Any = load_tokenizer(found.folder)
+    return vocabulary.kept_ids(tokenizer, texts)
+
+
+def context_length(lm: LanguageModel) -> int:
+    """Return the positions that the language model was made for."""
+    config = json.loads(lm.model.config.to_json_string(use_diff=False))
+    return int(config.get("max_position_embeddings") or 2048)

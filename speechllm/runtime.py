@@ -1,0 +1,123 @@
+"""What every run needs: logging, device and precision, seeds, atomic files, provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+from typing import TYPE_CHECKING
+
+from speechllm.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "kaldiio", "jiwer", "speechllm")
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def setup_logging(*, verbose: bool = False) -> None:
+    """Send our log lines to stderr, and keep other libraries to warnings."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("speechllm").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: CUDA was asked for by name and is not there; nothing falls back in silence.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device", f"{name} was asked for, torch sees no CUDA", "set device: auto")
+    return torch.device(name)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch type of one of `DTYPE_NAMES`."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes[name]
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that is a function of `parts` alone (SHA-256, not `hash`)."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with bare line feeds, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file of ours.
+
+    Raises:
+        ModelError: the file is missing, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(path, f"cannot be read as JSON ({error})", "make the folder again") from error
+    if not isinstance(value, dict):
+        raise ModelError(path, "does not hold a JSON object", "make the folder again")
+    return value
+
+
+def hash_texts(parts: Iterable[str]) -> str:
+    """Return 16 hexadecimal digits that identify a sequence of strings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    return digest.hexdigest()[:16]
+
+
+def provenance(extra: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return what is needed to know where a result came from: versions, machine, arguments."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "argv": sys.argv[1:],
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "versions": versions,
+        **(extra or {}),
+    }

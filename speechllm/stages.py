@@ -1,0 +1,84 @@
+"""The map of the system: one short function for each stage of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from speechllm.config import load as configs
+from speechllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.tasks import Features
+
+
+def dump(conf: Path, data_dir: Path, out: Path, workers: int) -> int:
+    """Stage 2: write frozen-encoder features and return the number of utterances."""
+    from speechllm.dump import dump as run
+
+    config = configs.load(conf)
+    return run(config.encoder, config.device, data_dir, out, workers)
+
+
+def train(conf: Path, train_dir: Path, valid_dir: Path, exp: Path, overrides: tuple[str, ...] = ()) -> None:
+    """Stage 3: train projector and adapter, the dev CER measured as stages 4 and 5 would."""
+    from speechllm.train.run import train as run
+
+    run(configs.load(conf, overrides), train_dir, valid_dir, exp, _decode_valid, error_rate)
+
+
+def error_rate(refs: Mapping[str, str], hyps: Mapping[str, str]) -> float:
+    """Return the micro CER of the default profile, as a fraction."""
+    from speechllm.score.errors import count_edits, sum_counts
+    from speechllm.text.normalize import normalize
+
+    total = sum_counts(count_edits(normalize(refs[key]), normalize(hyps[key])) for key in refs)
+    return total.edits / max(1, total.ref)
+
+
+def _decode_valid(model: SpeechLlm, features: Features, utt_ids: Sequence[str]) -> dict[str, str]:
+    """Return greedy texts of validation utterances."""
+    from speechllm.decode.batched import decode
+
+    config = features.config.decode.model_copy(update={"beam": 1})
+    examples = features.valid.examples
+    durations = {utt_id: examples[utt_id].num_frames / 50 for utt_id in utt_ids}
+    batches = decode(model, durations, features.validation, config)
+    return {utt_id: nbest[0].text for batch in batches for utt_id, nbest in batch.items()}
+
+
+def decode(exp: Path, data_dir: Path, out: Path, changes: Mapping[str, object]) -> int:
+    """Stage 4: write the texts of `data_dir` and return the number of utterances decoded now."""
+    from speechllm.decode.run import decode_dir
+
+    return decode_dir(exp / "model", data_dir, out, changes)
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What the baselines are asked for."""
+
+    model: str
+    hyp: Path | None
+    batch_size: int
+
+
+def baseline(name: str, data_dir: Path, out: Path, options: BaselineOptions) -> int:
+    """Stage 4 for other systems: write their texts of the same data directory.
+
+    Raises:
+        ConfigError: no such baseline.
+    """
+    if name == "whisper":
+        from speechllm.baselines.whisper import transcribe_dir
+
+        return transcribe_dir(data_dir, out, options.model, options.batch_size)
+    if name == "hyp":
+        from speechllm.baselines.hyp import take_over
+
+        return take_over(data_dir, out, options.hyp)
+    raise ConfigError(name, "no such baseline", "choose whisper or hyp")

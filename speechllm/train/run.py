@@ -1,0 +1,194 @@
+"""Stage 3: trains a configuration on a dump directory and leaves a model folder."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from filelock import FileLock, Timeout
+
+from speechllm.config import load as configs
+from speechllm.config.schema import CtcProjector
+from speechllm.data.batch import padding_waste
+from speechllm.data.dataset import FeatureSet
+from speechllm.errors import ConfigError, DataError
+from speechllm.model import hub
+from speechllm.model.assemble import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    Origin,
+    assemble,
+    origin_of,
+    save_model,
+)
+from speechllm.model.lm import context_length
+from speechllm.model.projector import CtcBridge
+from speechllm.model.state import load_tensors
+from speechllm.runtime import derive_seed, hash_texts, provenance, read_json, write_json, write_text
+from speechllm.train.checkpoint import BEST
+from speechllm.train.tasks import CtcTask, Features, SpeechTask
+from speechllm.train.trainer import Loop, LoopOptions, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from speechllm.config.schema import Config
+    from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.tasks import Measure
+
+    Decode = Callable[[SpeechLlm, Features, Sequence[str]], Mapping[str, str]]
+
+log = logging.getLogger(__name__)
+
+CTC_DECAY = 0.01
+CTC_CLIP = 5.0
+RECORD = "train.json"
+MINUTES = "minutes"  # of the CTC head's training; written when it is done
+
+
+def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: Decode, measure: Measure) -> None:
+    """Train `config` and leave the best model in ``exp/model``; goes on where an earlier run stopped.
+
+    Raises:
+        UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
+        Stopped: SIGTERM or SIGUSR1 came; the state is saved.
+    """
+    exp.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(exp / ".lock", timeout=0):
+            _train(config, FeatureSet(train_dir), FeatureSet(valid_dir), exp, decode, measure)
+    except Timeout as error:
+        raise DataError(exp, "another process is training here", "wait for it to end") from error
+
+
+def _train(
+    config: Config,
+    train_set: FeatureSet,
+    valid_set: FeatureSet,
+    exp: Path,
+    decode: Decode,
+    measure: Measure,
+) -> None:
+    origin = _claim(config, train_set, valid_set, exp)
+    if (exp / "model" / MODEL_FILE).is_file():
+        log.info("train done already exp=%s", exp)
+        return
+    model = assemble(config, origin, config.lm.dtype)
+    features = Features(config, train_set, valid_set, model.lm.model.device)
+    _drop_long(config, train_set, model, exp)
+    if isinstance(model.projector, CtcBridge):
+        _train_head(features, model.projector, exp / "ctc", measure)
+    task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
+    waste = padding_waste(task.batches(0), task.sizes)
+    log.info("train utts=%d padding_waste=%.3f", len(train_set.examples), waste)
+    loop = Loop(task, _loop_options(config), exp)
+    progress = loop.run()
+    save_model(exp / "model", model, config, origin)
+    _write_provenance(model, exp, progress)
+    loop.clean()
+
+
+def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
+    """Write what the run took and made; the CTC head is trained too, though not by the last loop."""
+    head = exp / "ctc" / MINUTES
+    head_minutes = float(head.read_text(encoding="utf-8")) if head.is_file() else 0.0
+    content = {
+        "minutes": progress.seconds / 60 + head_minutes,
+        "best_step": progress.best_step,
+        "trainable": sum(value.numel() for value in model.trainable_state().values()),
+    }
+    write_json(exp / "provenance.json", provenance(content))
+
+
+def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Path) -> Origin:
+    """Return the origin of this run; a folder of another configuration or other data is refused."""
+    dumped = read_json(train_set.folder / "dump.json")["record"]
+    assert isinstance(dumped, dict)
+    first = next(iter(train_set.examples))
+    texts = [example.text for example in train_set.examples.values()]
+    record = {
+        "train": hash_texts([str(dumped["data"]), str(dumped["audio"])]),
+        "valid": hash_texts(f"{e.utt_id} {e.text} {e.num_frames}" for e in valid_set.examples.values()),
+        "encoder": dumped["encoder_fingerprint"],
+        "lm": hub.resolve(config.lm.name).fingerprint,
+    }
+    if dumped["encoder"] != config.encoder.name:
+        what = f"was dumped with {dumped['encoder']}, the configuration says {config.encoder.name}"
+        raise ConfigError(train_set.folder, what, "run stage 2 with this configuration")
+    _refuse_other_run(config, record, exp)
+    origin = origin_of(config, train_set.frames(first).shape[1], str(dumped["encoder_fingerprint"]), texts)
+    configs.dump(config, exp / CONFIG_FILE)
+    write_json(exp / RECORD, record)
+    return origin
+
+
+def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:
+    fix = "choose another --exp, or remove this folder to start over"
+    if (exp / CONFIG_FILE).is_file():
+        changed = configs.differences(configs.load(exp / CONFIG_FILE), config)
+        changed = [line for line in changed if not line.startswith(("decode.", "device"))]
+        if changed:
+            raise ConfigError(exp, f"was started with another configuration ({', '.join(changed)})", fix)
+    if (exp / RECORD).is_file():
+        old = read_json(exp / RECORD)
+        for key, value in record.items():
+            if old.get(key) != value:
+                raise ConfigError(exp, f"was started with another {key} ({old.get(key)}, now {value})", fix)
+
+
+def _drop_long(config: Config, train_set: FeatureSet, model: SpeechLlm, exp: Path) -> None:
+    """Take out training utterances that do not fit the context, list them, and refuse too many."""
+    from speechllm.text.prompt import encode
+
+    limit = context_length(model.lm)
+    dropped = []
+    for example in list(train_set.examples.values()):
+        tokens = len(encode(model.lm.tokenizer, example.text)) + model.projector.expected_tokens(example.num_frames)
+        if tokens + 64 > limit or not example.text:
+            reason = f"{tokens} tokens, the context holds {limit}" if example.text else "empty transcript"
+            dropped.append(f"{example.utt_id}\t{reason}\n")
+            del train_set.examples[example.utt_id]
+    write_text(exp / "dropped.tsv", "utt_id\treason\n" + "".join(dropped))
+    total = len(train_set.examples) + len(dropped)
+    if len(dropped) > config.train.max_dropped * total:
+        what = f"{len(dropped)} of {total} training utterances do not fit, see {exp}/dropped.tsv"
+        raise DataError(train_set.folder, what, "cut them with segments, or raise train.max_dropped")
+
+
+def _train_head(features: Features, projector: CtcBridge, folder: Path, measure: Measure) -> None:
+    config = features.config.projector
+    assert isinstance(config, CtcProjector)
+    task = CtcTask(features, projector, config, measure)
+    if (folder / MINUTES).is_file():
+        task.load_state(load_tensors(folder / BEST))
+        return
+    torch.manual_seed(derive_seed("ctc weights", features.config.seed))
+    per_epoch = len(task.batches(0))
+    options = LoopOptions(
+        epochs=config.epochs,
+        accumulate=1,
+        warmup=0.1,
+        weight_decay=CTC_DECAY,
+        clip_norm=CTC_CLIP,
+        validate_every=per_epoch,
+        save_every=per_epoch,
+    )
+    loop = Loop(task, options, folder)
+    progress = loop.run()
+    write_text(folder / MINUTES, f"{progress.seconds / 60:.2f}\n")
+    loop.clean()
+
+
+def _loop_options(config: Config) -> LoopOptions:
+    train = config.train
+    return LoopOptions(
+        epochs=train.epochs,
+        accumulate=train.accumulate,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        validate_every=train.validate_every,
+        save_every=train.save_every,
+    )

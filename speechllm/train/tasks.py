@@ -1,0 +1,177 @@
+"""The two things that are trained: a CTC head alone, and projector with adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from speechllm.data.batch import budget_batches
+from speechllm.data.dataset import FeatureSet, augment
+from speechllm.model.ctc import best_kana, ctc_loss, targets_of
+from speechllm.model.projector import CtcBridge
+from speechllm.model.speechllm import pad_frames
+from speechllm.text.prompt import encode
+from speechllm.text.reading import katakana_reading
+from speechllm.train.optim import Group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from speechllm.config.schema import Config, CtcProjector
+    from speechllm.model.speechllm import SpeechLlm
+
+    Measure = Callable[[Mapping[str, str], Mapping[str, str]], float]
+    """Error rate of id -> hypothesis (second) against id -> reference (first), as a fraction."""
+
+
+class Features:
+    """Augmented training features and plain validation features, as padded batches."""
+
+    def __init__(self, config: Config, train: FeatureSet, valid: FeatureSet, device: torch.device) -> None:
+        """Keep the two sets."""
+        self.config, self.train, self.valid, self.device = config, train, valid, device
+
+    def training(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, list[int]]:
+        """Return augmented frames [b e h] and their true lengths."""
+        settings, seed = self.config.train.augment, self.config.seed
+        matrices = [augment(self.train.frames(utt_id), settings, seed, epoch, utt_id) for utt_id in utt_ids]
+        return pad_frames([torch.from_numpy(matrix) for matrix in matrices], self.device)
+
+    def validation(self, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Return frames [b e h] of the validation set and their true lengths."""
+        return pad_frames([torch.from_numpy(self.valid.frames(utt_id)) for utt_id in utt_ids], self.device)
+
+    def validation_batches(self, size: int) -> list[list[str]]:
+        """Return all validation ids, of like length together."""
+        ids = sorted(self.valid.examples, key=lambda utt_id: (self.valid.examples[utt_id].num_frames, utt_id))
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+class CtcTask:
+    """Trains the head of a `CtcBridge` to read kana; the readings come from the transcripts."""
+
+    name = "ctc"
+
+    def __init__(self, features: Features, projector: CtcBridge, config: CtcProjector, measure: Measure) -> None:
+        """Read every transcript once; `measure` compares kana."""
+        self.measure = measure
+        self.seed = features.config.seed
+        self.features, self.head, self.config = features, projector.head, config
+        self.readings = {
+            example.utt_id: katakana_reading(example.text)
+            for side in (features.train, features.valid)
+            for example in side.examples.values()
+        }
+
+    def groups(self) -> list[Group]:
+        """Return the head's parameters."""
+        return [Group(dict(self.head.named_parameters()), self.config.peak_lr)]
+
+    def batches(self, epoch: int) -> list[list[str]]:
+        """Return batches within the budget of frames."""
+        sizes = {key: example.num_frames for key, example in self.features.train.examples.items()}
+        return budget_batches(sizes, self.config.batch_frames, self.seed, epoch)
+
+    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+        """Return the summed CTC loss and the number of kana."""
+        self.head.train()
+        frames_beh, frames_b = self.features.training(utt_ids, epoch)
+        return self._loss(frames_beh, frames_b, utt_ids)[:2]
+
+    def _loss(self, frames_beh: Tensor, frames_b: list[int], utt_ids: Sequence[str]) -> tuple[Tensor, int, list[str]]:
+        logits_bqk, _, tokens_b = self.head(frames_beh, frames_b)
+        targets = [targets_of(self.readings[utt_id]) for utt_id in utt_ids]
+        heard = [best_kana(row[:count]) for row, count in zip(logits_bqk, tokens_b, strict=True)]
+        return ctc_loss(logits_bqk, tokens_b, targets), sum(map(len, targets)), heard
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return loss a kana and the kana error rate of the whole validation set."""
+        self.head.eval()
+        total, count = 0.0, 0
+        heard: dict[str, str] = {}
+        for utt_ids in self.features.validation_batches(32):
+            loss, tokens, texts = self._loss(*self.features.validation(utt_ids), utt_ids)
+            total, count = total + float(loss), count + tokens
+            heard |= dict(zip(utt_ids, texts, strict=True))
+        kana_error = self.measure({key: self.readings[key] for key in heard}, heard)
+        return {"loss": total / count, "kana_error": kana_error, "score": kana_error}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the head's tensors."""
+        return dict(self.head.state_dict())
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the head."""
+        self.head.load_state_dict(dict(tensors))
+
+
+class SpeechTask:
+    """Trains projector and adapter to write the transcript."""
+
+    name = "speech"
+
+    def __init__(
+        self,
+        features: Features,
+        model: SpeechLlm,
+        decode: Callable[[Sequence[str]], Mapping[str, str]],
+        measure: Measure,
+    ) -> None:
+        """`decode` returns the text of validation utterances, as stage 4 would; `measure` is the CER."""
+        self.measure = measure
+        self.config = features.config
+        self.seed = self.config.seed
+        self.features, self.model, self.decode = features, model, decode
+        if isinstance(model.projector, CtcBridge):
+            model.projector.head.requires_grad_(requires_grad=False)
+        tokenizer = model.lm.tokenizer
+        prompt = len(encode(tokenizer, model.prompt)) + 3
+        self.sizes = {
+            key: prompt + model.projector.expected_tokens(example.num_frames) + len(encode(tokenizer, example.text)) + 1
+            for key, example in features.train.examples.items()
+        }
+
+    def groups(self) -> list[Group]:
+        """Return projector and adapter, each with its own learning rate."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        adapter = {name: p for name, p in trained.items() if name.startswith("lm_model.")}
+        projector = {name: p for name, p in trained.items() if name not in adapter}
+        train = self.config.train
+        return [Group(projector, train.peak_lr), Group(adapter, train.lora_lr)]
+
+    def batches(self, epoch: int) -> list[list[str]]:
+        """Return batches within the budget of language-model positions."""
+        return budget_batches(self.sizes, self.config.train.batch_tokens, self.seed, epoch)
+
+    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+        """Return the summed loss of the answers and their tokens."""
+        self.model.train()
+        frames_beh, frames_b = self.features.training(utt_ids, epoch)
+        texts = [self.features.train.examples[utt_id].text for utt_id in utt_ids]
+        return self.model.loss(frames_beh, frames_b, texts)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return loss a token over the whole validation set and the CER of its first utterances."""
+        self.model.eval()
+        examples = self.features.valid.examples
+        total, count = 0.0, 0
+        for utt_ids in self.features.validation_batches(16):
+            loss, tokens = self.model.loss(*self.features.validation(utt_ids), [examples[key].text for key in utt_ids])
+            total, count = total + float(loss), count + tokens
+        chosen = list(examples)[:: max(1, len(examples) // self.config.train.valid_utts)]
+        texts = self.decode(chosen)
+        cer = self.measure({key: examples[key].text for key in chosen}, texts)
+        return {"loss": total / count, "cer": cer, "score": cer}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return projector and adapter."""
+        return self.model.trainable_state()
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill projector and adapter."""
+        self.model.load_trainable(tensors)

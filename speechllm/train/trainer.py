@@ -1,0 +1,246 @@
+"""The training loop: steps, validation, saved states, and a record of all of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from speechllm.errors import ModelError, Stopped
+from speechllm.model.state import check_keys, load_tensors, save_tensors
+from speechllm.runtime import derive_seed
+from speechllm.train import checkpoint as ckpt
+from speechllm.train.optim import Group, Optimizer, schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+    from types import FrameType
+
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+KEPT_STATES = 2
+MAX_BAD_STEPS = 5
+
+METRICS = "metrics.jsonl"
+
+
+class Task(Protocol):
+    """What is trained; the loop knows nothing else of it."""
+
+    name: str
+    seed: int
+
+    def groups(self) -> Sequence[Group]:
+        """Return the trainable parameters and their learning rates."""
+        ...
+
+    def batches(self, epoch: int) -> list[list[str]]:
+        """Return the utterance ids of each batch of an epoch, a pure function of it."""
+        ...
+
+    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+        """Return the summed loss of a batch and the number of tokens in it."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Return results on the validation set; ``score`` is the one to make small."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill what training changes."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long and how the loop runs."""
+
+    epochs: float
+    accumulate: int
+    warmup: float
+    weight_decay: float
+    clip_norm: float
+    validate_every: int
+    save_every: int
+
+
+@dataclass
+class Progress:
+    """Where a run is; what a saved state holds beside tensors."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+    audio_tokens: int = 0
+    bad_steps: int = field(default=0)
+
+
+class Loop:
+    """One training run of a task in a folder, resumed where it was left."""
+
+    def __init__(self, task: Task, options: LoopOptions, folder: Path) -> None:
+        """Prepare the run and load the newest state that `folder` holds."""
+        self.task, self.options, self.folder = task, options, folder
+        self.optimizer = Optimizer(task.groups(), options.weight_decay, options.clip_norm)
+        self.per_epoch = math.ceil(len(task.batches(0)) / options.accumulate)
+        self.total = max(1, round(options.epochs * self.per_epoch))
+        self.progress = Progress()
+        self.stop_requested = False
+        folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def _resume(self) -> None:
+        found = ckpt.load_newest(self.folder / "checkpoints")
+        if found is None:
+            return
+        check_keys(self.folder / "checkpoints", found.trainable, self.task.state())
+        self.task.load_state(found.trainable)
+        self.optimizer.load_state(found.optimizer)
+        self.progress = Progress(**found.progress)  # type: ignore[arg-type] # our own JSON, checked by its sum
+        _truncate_metrics(self.folder / METRICS, self.progress.step)
+        log.info("%s resumed step=%d of=%d", self.task.name, self.progress.step, self.total)
+
+    def run(self) -> Progress:
+        """Train to the end, load the best state into the task, and return where that was.
+
+        Raises:
+            Stopped: SIGTERM or SIGUSR1 came; the state is saved.
+            ModelError: the loss stayed not finite.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            with SummaryWriter(str(self.folder / "tensorboard")) as writer, self._bar() as bar:
+                for epoch, utt_ids in self._remaining():
+                    self._one_step(epoch, utt_ids, writer, bar)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if (self.folder / ckpt.BEST).is_file():
+            self.task.load_state(load_tensors(self.folder / ckpt.BEST))
+        return self.progress
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(total=self.total, initial=self.progress.step, desc=self.task.name, unit="step", disable=None)
+
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        log.info("%s stop requested signal=%d; saving at the next step", self.task.name, number)
+        self.stop_requested = True
+
+    def _remaining(self) -> Iterator[tuple[int, list[list[str]]]]:
+        """Yield (epoch, the batches of one step) from where the run is."""
+        while self.progress.step < self.total:
+            epoch, position = divmod(self.progress.step, self.per_epoch)
+            batches = self.task.batches(epoch)
+            size = self.options.accumulate
+            for start in range(position * size, len(batches), size):
+                if self.progress.step >= self.total:
+                    return
+                yield epoch, batches[start : start + size]
+
+    def _one_step(self, epoch: int, batches: Sequence[Sequence[str]], writer: object, bar: tqdm[Any]) -> None:
+        began = time.monotonic()
+        progress = self.progress
+        # dropout is a function of seed and step, so a resumed run draws the same
+        torch.manual_seed(derive_seed(self.task.name, self.task.seed, progress.step))
+        nll, tokens = 0.0, 0
+        for utt_ids in batches:
+            loss, count = self.task.loss(utt_ids, epoch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nll += float(loss.detach())
+            tokens += count
+        factor = schedule(progress.step, self.total, self.options.warmup)
+        norm = self.optimizer.step(factor, tokens)
+        progress.step += 1
+        self._guard(nll, norm, batches)
+        progress.seconds += time.monotonic() - began
+        result = {
+            "loss": nll / tokens,
+            "grad_norm": norm,
+            "lr_factor": factor,
+            "tokens": float(tokens),
+        }
+        self._record("train", result, writer)
+        bar.set_postfix(loss=f"{result['loss']:.3f}", refresh=False)
+        bar.update()
+        last = progress.step == self.total
+        if last or progress.step % self.options.validate_every == 0:
+            self._validate(writer)
+        if last or self.stop_requested or progress.step % self.options.save_every == 0:
+            self._save()
+        if self.stop_requested and not last:
+            raise Stopped(f"{self.task.name} saved at step {progress.step} of {self.total}; run again to go on")
+
+    def _guard(self, nll: float, norm: float, batches: Sequence[Sequence[str]]) -> None:
+        if math.isfinite(nll) and math.isfinite(norm):
+            self.progress.bad_steps = 0
+            return
+        self.progress.bad_steps += 1
+        names = " ".join(batch[0] for batch in batches)
+        log.warning(
+            "%s step skipped: loss %s, gradient %s, batches beginning %s",
+            self.task.name,
+            nll,
+            norm,
+            names,
+        )
+        if self.progress.bad_steps >= MAX_BAD_STEPS:
+            what = f"{MAX_BAD_STEPS} steps in a row were not finite, the last at {names}"
+            raise ModelError(self.folder, what, "lower the learning rate or look at these utterances")
+
+    def _validate(self, writer: object) -> None:
+        began = time.monotonic()
+        result = self.task.validate()
+        self._record("valid", {**result, "minutes": self.progress.seconds / 60}, writer)
+        log.info(
+            "%s step=%d %s",
+            self.task.name,
+            self.progress.step,
+            " ".join(f"{k}={v:.4f}" for k, v in result.items()),
+        )
+        if result["score"] < self.progress.best:
+            self.progress.best, self.progress.best_step = result["score"], self.progress.step
+            temporary = self.folder / f".{ckpt.BEST}.tmp"
+            save_tensors(temporary, self.task.state())
+            temporary.replace(self.folder / ckpt.BEST)
+        log.debug("validation took %.1f s", time.monotonic() - began)
+
+    def _record(self, kind: str, values: Mapping[str, float], writer: object) -> None:
+        line = json.dumps({"kind": kind, "task": self.task.name, "step": self.progress.step, **values})
+        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+        for key, value in values.items():
+            writer.add_scalar(f"{self.task.name}/{kind}/{key}", value, self.progress.step)  # type: ignore[attr-defined]
+
+    def _save(self) -> None:
+        state = ckpt.Checkpoint(self.task.state(), self.optimizer.state(), dict(vars(self.progress)))
+        ckpt.save(self.folder / "checkpoints", self.progress.step, state, KEPT_STATES)
+
+    def clean(self) -> None:
+        """Delete the saved states of a finished run; the best parameters stay."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop records of steps after `step`: the resumed run makes them again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,17 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# no test may reach the network, nor depend on a user's own models
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("SPEECHLLM_MODELS", None)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep converted models of the tests out of the user's cache."""
+    monkeypatch.setenv("SPEECHLLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,236 @@
+"""Random models of a few thousand parameters, in Hugging Face format, of every class that the package knows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    HubertConfig,
+    HubertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    UniSpeechSatConfig,
+    UniSpeechSatModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+from speechllm.model.hub import Resolved, resolve
+from speechllm.model.lm import LanguageModel, load_lm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+CPU = torch.device("cpu")
+TEXTS = (
+    "今日はいい天気です。",
+    "明日は雨が降ります。",
+    "東京から大阪まで電車で行きます。",
+    "これは3冊の本です。",
+    "a b c",
+)
+PROMPT = "書き起こして"
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+LM_WIDTH = 16
+# what every tiny encoder of the wav2vec 2.0 kind shares; kernels and strides are the published ones
+WAV2VEC2_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": (8,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
+LM_SIZES = {"hidden_size": LM_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+# with the usual 0.02 all logits are alike, and a test of what depends on what could not fail
+SPREAD = {"initializer_range": 0.3}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def wave(num_samples: int, seed: int = 0) -> NDArray[np.float32]:
+    """Return noise [s] below a swell, so that no two stretches are alike."""
+    noise = np.random.default_rng(seed).standard_normal(num_samples)
+    swell = 0.2 + 0.1 * np.sin(np.arange(num_samples) / 500)
+    made: NDArray[np.float32] = (noise * swell).clip(-1, 1).astype(np.float32)
+    return made
+
+
+def _save_encoder(model: torch.nn.Module, folder: Path) -> Path:
+    _shake(model)
+    model.save_pretrained(folder)  # type: ignore[operator] # transformers' own
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
+    return folder
+
+
+def _shake(model: torch.nn.Module) -> None:
+    """Move every bias off zero, so that what padding becomes after a layer is not zero by luck."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value.add_(0.1 * torch.randn_like(value))
+
+
+def wavlm(folder: Path) -> Path:
+    """Write WavLM with a layer-norm feature extractor, as WavLM-Large has it."""
+    torch.manual_seed(1)
+    return _save_encoder(WavLMModel(WavLMConfig(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+
+
+def hubert(folder: Path) -> Path:
+    """Write HuBERT with a group-norm feature extractor, as HuBERT-base has it."""
+    torch.manual_seed(2)
+    return _save_encoder(HubertModel(HubertConfig(**WAV2VEC2_SIZES, **SPREAD)), folder)
+
+
+def wav2vec2(folder: Path) -> Path:
+    """Write wav2vec 2.0 as its large models are."""
+    torch.manual_seed(3)
+    return _save_encoder(Wav2Vec2Model(Wav2Vec2Config(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+
+
+def unispeech_sat(folder: Path) -> Path:
+    """Write UniSpeech-SAT as its large models are."""
+    torch.manual_seed(4)
+    return _save_encoder(UniSpeechSatModel(UniSpeechSatConfig(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+
+
+def data2vec(folder: Path) -> Path:
+    """Write data2vec-audio, whose convolutions all have a layer norm."""
+    from transformers import Data2VecAudioConfig, Data2VecAudioModel
+
+    torch.manual_seed(5)
+    sizes = {**WAV2VEC2_SIZES, "num_conv_pos_embeddings": 2}
+    return _save_encoder(Data2VecAudioModel(Data2VecAudioConfig(**sizes, conv_pos_kernel_size=5, **SPREAD)), folder)
+
+
+def whisper_model() -> torch.nn.Module:
+    """Return a random Whisper of two layers a side; its decoder knows 60 tokens."""
+    torch.manual_seed(6)
+    config = WhisperConfig(
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=32,
+        init_std=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model: torch.nn.Module = WhisperForConditionalGeneration(config).eval()
+    _shake(model)
+    return model
+
+
+def whisper(folder: Path) -> Path:
+    """Write `whisper_model` and its feature extractor."""
+    whisper_model().save_pretrained(folder)  # type: ignore[operator] # transformers' own
+    WhisperFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+ENCODERS: dict[str, Callable[[Path], Path]] = {
+    "wavlm": wavlm,
+    "hubert": hubert,
+    "wav2vec2": wav2vec2,
+    "unispeech-sat": unispeech_sat,
+    "data2vec-audio": data2vec,
+    "whisper": whisper,
+}
+
+
+def tokenizer(texts: Sequence[str] = (*TEXTS, PROMPT)) -> PreTrainedTokenizerFast:
+    """Return a byte-pair tokenizer with byte fallback that learned up to 60 merges of `texts`."""
+    learning = Tokenizer(models.BPE())
+    learning.normalizer = normalizers.Replace(" ", "▁")
+    alphabet = {char for text in texts for char in text.replace(" ", "▁")}
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + 60, initial_alphabet=sorted(alphabet), show_progress=False, min_frequency=1
+    )
+    learning.train_from_iterator(texts, trainer)
+    learned = json.loads(learning.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    return byte_pair_tokenizer([*pieces, *(("\n",) if "\n" not in pieces else ())], learned["merges"])
+
+
+def byte_pair_tokenizer(pieces: Sequence[str], merges: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of Gemma's kind with these pieces and merges, behind the special tokens and the bytes."""
+    vocab = {token: index for index, token in enumerate((*SPECIALS, *BYTES, *pieces))}
+    pairs = [(left, right) for left, right in merges]
+    fast = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
+    fast.normalizer = normalizers.Replace(" ", "▁")
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, **names)
+
+
+def llama(folder: Path) -> Path:
+    """Write Llama with grouped-query attention and an untied head."""
+    return _save_lm(LlamaForCausalLM, LlamaConfig, {**LM_SIZES, "num_key_value_heads": 1}, folder)
+
+
+def gemma3(folder: Path) -> Path:
+    """Write Gemma 3: scaled embeddings, tied head, one layer of two with a sliding window of 8."""
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {**LM_SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8, "layer_types": kinds}
+    return _save_lm(Gemma3ForCausalLM, Gemma3TextConfig, sizes, folder)
+
+
+def gpt_neox(folder: Path) -> Path:
+    """Write GPT-NeoX: biases everywhere, query, key and value in one layer."""
+    return _save_lm(GPTNeoXForCausalLM, GPTNeoXConfig, LM_SIZES, folder)
+
+
+LMS: dict[str, Callable[[Path], Path]] = {"llama": llama, "gemma3": gemma3, "gpt_neox": gpt_neox}
+LORA_TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+}
+
+
+def _save_lm(kind: type, config_kind: type, sizes: dict[str, object], folder: Path) -> Path:
+    torch.manual_seed(7)
+    made = tokenizer()
+    config = config_kind(vocab_size=len(made), max_position_embeddings=256, **sizes, **SPREAD, **ENDS)
+    kind(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+def found(folder: Path) -> Resolved:
+    """Return a model folder as the hub module hands it on."""
+    return resolve(str(folder))
+
+
+def load(folder: Path, kept_ids: Sequence[int] | None = None) -> LanguageModel:
+    """Return the language model in `folder`, in float32 on the CPU."""
+    return load_lm(found(folder), "float32", CPU, kept_ids)

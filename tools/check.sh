@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The one gate: format, lint, types, shell, tests. Options go to pytest, such as -m "not recipe".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+
+mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+ruff format --check --quiet .
+ruff check --quiet .
+mypy speechllm egs/jsut/asr1/local tools test
+shellcheck "${scripts[@]}"
+pytest "$@"
