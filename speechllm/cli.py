@@ -21,12 +21,14 @@ app = typer.Typer(
 
 # typer keeps its base class of wrong arguments private, and its public BadParameter is one of them
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+TYPER_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt before we can see it
 
 ConfOption = Annotated[Path, typer.Option("--conf", help="Configuration file (YAML).")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 ExpOption = Annotated[Path, typer.Option("--exp", help="Experiment folder.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Kaldi data directory, or a dump of one.")]
 JobsOption = Annotated[int, typer.Option("--nj", min=1, max=256, help="Processes.")]
+ProfileOption = Annotated[str, typer.Option(help="Text profile: default, espnet, reazon, kotoba or raw.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a field: key.key=value (repeatable).")]
 
 
@@ -119,19 +121,46 @@ def score(
     hyp: Annotated[Path, typer.Option("--hyp", help="Hypotheses, Kaldi text.")],
     out: OutOption,
     *,
-    profile: Annotated[str, typer.Option(help="default, espnet, reazon, kotoba or raw.")] = "default",
-    groups: Annotated[Path | None, typer.Option(help="Table of utterance and group, scored apart too.")] = None,
-    missing_as_deletions: Annotated[bool, typer.Option("--missing-as-deletions")] = False,
+    profile: ProfileOption = "default",
+    groups: Annotated[Path | None, typer.Option(help="Table of utterance and group, each scored apart too.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="wav.scp: the report gets a player.")] = None,
+    ref_kana: Annotated[Path | None, typer.Option(help="Given readings of the references, Kaldi text.")] = None,
+    kana_best: Annotated[bool, typer.Option(help="Given or automatic reading, whichever fits better.")] = False,
+    missing_as_deletions: Annotated[bool, typer.Option(help="Score a decode that is not complete.")] = False,
 ) -> None:
     """Write score.json, the alignment and the report of a hypothesis file (stage 5)."""
     from speechllm.score.run import ScoreOptions, score_files
 
-    options = ScoreOptions(profile=profile, groups=groups, missing_as_deletions=missing_as_deletions)
+    options = ScoreOptions(
+        profile=profile,
+        groups=groups,
+        audio=audio,
+        ref_kana=ref_kana,
+        kana_best=kana_best,
+        missing_as_deletions=missing_as_deletions,
+    )
     result = score_files(ref, hyp, out, options)
     for name, metric in result["metrics"].items():
         low, high = metric["ci95"]
         print(f"{name:12s} {100 * metric['value']:7.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")
     print(f"{out}/score.json")
+
+
+@app.command()
+def compare(
+    ref: Annotated[Path, typer.Option("--ref", help="Reference, Kaldi text.")],
+    hyp: Annotated[list[Path], typer.Option("--hyp", help="Hypotheses of one system; give two or more.")],
+    *,
+    profile: ProfileOption = "default",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for compare.json and a report of all.")] = None,
+) -> None:
+    """Say which differences between systems are real."""
+    from speechllm.score.run import ScoreOptions, compare_files, report_files
+
+    options = ScoreOptions(profile=profile)
+    print(compare_files(ref, hyp, options, out=out)["text"])
+    if out is not None:
+        print(report_files(ref, hyp, out, options))
 
 
 @app.command()
@@ -165,12 +194,14 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Return the exit status of a command line; every fault is one line on stderr."""
     try:
-        app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
+        if app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False) == TYPER_INTERRUPTED:
+            raise Stopped("by the keyboard")
     except (UserError, _Faults) as error:
         return _fail(str(error), EXIT_USER)
     except UsageError as error:
         command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-        return _fail(f"speechllm {command}: {str(error).rstrip('.')}; see --help", EXIT_USER)
+        what = error.format_message() if isinstance(error, typer.BadParameter) else str(error)  # str lacks the option
+        return _fail(f"speechllm {command}: {what.rstrip('.')}; see --help", EXIT_USER)
     except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
         print(f"stopped: {stopped or 'by the keyboard'}", file=sys.stderr)
         return EXIT_STOPPED

@@ -27,6 +27,8 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 def setup_logging(*, verbose: bool = False) -> None:
     """Send our log lines to stderr, and keep other libraries to warnings."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
     logging.getLogger("speechllm").setLevel(logging.DEBUG if verbose else logging.INFO)
 

@@ -12,7 +12,7 @@ from speechllm.decode.batched import max_tokens, to_text
 from speechllm.decode.search import search
 from speechllm.errors import DataError
 from speechllm.model import hub
-from speechllm.model.assemble import load_model
+from speechllm.model.assemble import load_model, read_model
 from speechllm.model.ctc import best_kana
 from speechllm.model.encoder import load_encoder
 from speechllm.model.projector import CtcBridge
@@ -35,7 +35,8 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
     Raises:
         UserError: no such utterance or model.
     """
-    model, config, _ = load_model(exp / "model", device="cpu")
+    config, _ = read_model(exp / "model")
+    model = load_model(exp / "model", device="cpu")
     utt = _find(utt_id, exp, data_dir)
     page = _Page(utt_id)
     info = audio.inspect(utt.wav)

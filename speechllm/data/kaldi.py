@@ -248,9 +248,7 @@ def _require_same(
     for utt_id in byte_order(wanted.keys() - found.keys()):
         on_fault(DataError(file, f"{utt_id} has audio but no {what}", "add its line or take it out of wav.scp"))
     for utt_id in byte_order(found.keys() - wanted.keys()):
-        on_fault(
-            DataError(file, f"{utt_id} has a {what} but no audio in wav.scp", "rerun stage 1 or delete the line")
-        )
+        on_fault(DataError(file, f"{utt_id} has a {what} but no audio in wav.scp", "rerun stage 1 or delete the line"))
 
 
 @dataclass

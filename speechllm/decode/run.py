@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from speechllm.config.schema import DecodeConfig
 from speechllm.data import audio, kaldi
 from speechllm.data.archive import sha256
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
 from speechllm.errors import DataError, ModelError
 from speechllm.model import hub
-from speechllm.model.assemble import TRAINED_FILE, load_model
+from speechllm.model.assemble import TRAINED_FILE, load_model, read_model
 from speechllm.model.encoder import load_encoder
 from speechllm.model.speechllm import pad_frames
-from speechllm.runtime import provenance, read_json, write_json, write_text
+from speechllm.runtime import pick_device, provenance, read_json, write_json, write_text
 from speechllm.text.normalize import normalize
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from speechllm.config.schema import Config, DecodeConfig
+    from speechllm.config.schema import Config
     from speechllm.decode.batched import Fetch
     from speechllm.model.assemble import Origin
+    from speechllm.model.encoder import SpeechEncoder
+    from speechllm.model.speechllm import SpeechLlm
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,6 @@ class Source:
 
     durations_s: Mapping[str, float]
     fetch: Fetch
-    texts: Mapping[str, str]
     identity: str
 
 
@@ -58,11 +60,9 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
     Raises:
         UserError: the model or the data are at fault, or `out` holds the output of something else.
     """
-    if not (model_dir / TRAINED_FILE).is_file():
-        raise ModelError(model_dir, "holds no trained model", "run stage 3 first")
-    model, config, origin = load_model(model_dir)
-    settings = config.decode.model_copy(update=dict(changes))
-    source = _source(data_dir, config, origin, model.lm.model.device)
+    config, origin = read_model(model_dir)
+    settings = DecodeConfig.model_validate({**config.decode.model_dump(), **changes})
+    source = _source(data_dir, config, origin)
     record = {
         "model": sha256(model_dir / TRAINED_FILE),
         "data": source.identity,
@@ -77,28 +77,31 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
     found = _read_partial(out / PARTIAL, source)
     waiting = {key: value for key, value in source.durations_s.items() if key not in found}
     began, cpu_began = time.perf_counter(), time.process_time()
-    with (
-        (out / PARTIAL).open("a", encoding="utf-8") as stream,
-        tqdm(
-            total=len(source.durations_s),
-            initial=len(found),
-            desc="decode",
-            unit="utt",
-            disable=None,
-        ) as bar,
-    ):
-        for batch in decode(model, waiting, source.fetch, settings):
-            for utt_id, nbest in batch.items():
-                line = {"utt_id": utt_id, "nbest": [asdict(text) for text in nbest]}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                found[utt_id] = nbest
-            stream.flush()
-            bar.update(len(batch))
+    found |= _decode_waiting(load_model(model_dir), source, waiting, settings, out / PARTIAL)
     times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
     _write(out, found, settings, sum(waiting.values()), times)
     write_json(out / RECORD, {**mark, "complete": True})
     (out / PARTIAL).unlink()
     return len(waiting)
+
+
+def _decode_waiting(
+    model: SpeechLlm, source: Source, waiting: Mapping[str, float], settings: DecodeConfig, partial: Path
+) -> dict[str, list[Text]]:
+    """Return the texts of `waiting`; each batch goes to `partial` as soon as it is done."""
+    found: dict[str, list[Text]] = {}
+    with (
+        partial.open("a", encoding="utf-8") as stream,
+        tqdm(total=len(waiting), desc="decode", unit="utt", disable=None) as bar,
+    ):
+        for batch in decode(model, waiting, source.fetch, settings):
+            for utt_id, nbest in batch.items():
+                line = {"utt_id": utt_id, "nbest": [asdict(text) for text in nbest]}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.flush()
+            found |= batch
+            bar.update(len(batch))
+    return found
 
 
 def _finished(out: Path, record: Mapping[str, object]) -> bool:
@@ -149,44 +152,46 @@ def _write(
     kaldi.write_table(out / "text", texts)
 
 
-def _source(data_dir: Path, config: Config, origin: Origin, device: torch.device) -> Source:
+def _source(data_dir: Path, config: Config, origin: Origin) -> Source:
     if (data_dir / "feats.scp").is_file():
-        return _from_store(data_dir, config, origin, device)
-    return _from_audio(data_dir, config, origin, device)
+        return _from_store(data_dir, config, origin)
+    return _from_audio(data_dir, config, origin)
 
 
-def _from_store(folder: Path, config: Config, origin: Origin, device: torch.device) -> Source:
+def _from_store(folder: Path, config: Config, origin: Origin) -> Source:
     features = FeatureSet(folder)
     record = read_json(folder / "dump.json")["record"]
     assert isinstance(record, dict)
     if record["encoder_fingerprint"] != origin.encoder_fingerprint:
         what = f"was dumped with another encoder ({record['encoder']}) than the model's"
         raise DataError(folder, what, f"dump it with {config.encoder.name}")
+    device = pick_device(config.device)
 
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         return pad_frames([torch.from_numpy(features.frames(utt_id)) for utt_id in utt_ids], device)
 
     given = kaldi.read_table(folder / "utt2dur")
-    texts = {key: example.text for key, example in features.examples.items()}
     durations = {key: float(given[key]) for key in features.examples}
-    return Source(durations, fetch, texts, f"{record['data']} {record['audio']}")
+    return Source(durations, fetch, f"{record['data']} {record['audio']}")
 
 
-def _from_audio(folder: Path, config: Config, origin: Origin, device: torch.device) -> Source:
+def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
     data = kaldi.load(folder, need_text=False)
     found = hub.resolve(config.encoder.name)
     if found.fingerprint != origin.encoder_fingerprint:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with"
         raise ModelError(found.folder, what, "use the encoder that it was trained with")
-    encoder = load_encoder(config.encoder, found, device)
+    device = pick_device(config.device)
+    loaded: list[SpeechEncoder] = []
 
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
+        if not loaded:
+            loaded.append(load_encoder(config.encoder, found, device))
         waves = [data.utterances[utt_id].read() for utt_id in utt_ids]
         # the store rounds to float16, and so does this: the texts are the same either way
-        return pad_frames([frames.half().float() for frames in encoder.encode(waves)], device)
+        return pad_frames([frames.half().float() for frames in loaded[0].encode(waves)], device)
 
     durations = {
         key: (utt.end_s or audio.inspect(utt.wav).duration_s) - utt.start_s for key, utt in data.utterances.items()
     }
-    texts = {key: utt.text for key, utt in data.utterances.items() if utt.text is not None}
-    return Source(durations, fetch, texts, kaldi.data_hash(data))
+    return Source(durations, fetch, kaldi.data_hash(data))

@@ -76,26 +76,34 @@ def save_model(folder: Path, model: SpeechLlm, config: Config, origin: Origin) -
     write_json(folder / MODEL_FILE, content)
 
 
-def load_model(folder: Path, dtype: str | None = None, device: str | None = None) -> tuple[SpeechLlm, Config, Origin]:
-    """Return a trained model, its configuration and its origin, the adapter merged.
+def read_model(folder: Path) -> tuple[Config, Origin]:
+    """Return configuration and origin of a trained model, without its weights.
 
-    `dtype` and `device` stand in for the configured ones of decoding.
+    Raises:
+        ModelError: the folder holds no trained model.
+    """
+    if not (folder / MODEL_FILE).is_file():
+        raise ModelError(folder, f"holds no trained model ({MODEL_FILE} is missing)", "run stage 3 first")
+    return configs.load(folder / CONFIG_FILE), _read_origin(folder)
+
+
+def load_model(folder: Path, device: str | None = None) -> SpeechLlm:
+    """Return a trained model in the precision of decoding, the adapter merged.
+
+    `device` stands in for the configured one.
 
     Raises:
         ModelError: the folder is not whole, or the base models are not those it was trained with.
     """
-    if not (folder / MODEL_FILE).is_file():
-        raise ModelError(folder, f"holds no trained model ({MODEL_FILE} is missing)", "run stage 3 first")
-    config = configs.load(folder / CONFIG_FILE)
+    config, origin = read_model(folder)
     if device is not None:
         config = config.model_copy(update={"device": device})
-    origin = _read_origin(folder)
-    model = assemble(config, origin, dtype or config.decode.dtype)
+    model = assemble(config, origin, config.decode.dtype)
     state = load_tensors(folder / TRAINED_FILE)
     check_keys(folder / TRAINED_FILE, state, model.trainable_state())
     model.load_trainable(state)
     lm.merge_lora(model.lm)
-    return model.eval(), config, origin
+    return model.eval()
 
 
 def _read_origin(folder: Path) -> Origin:

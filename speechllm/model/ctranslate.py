@@ -6,6 +6,8 @@ dimensions, type and bytes of each variable. Everything is bounded before it is 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     Variables = dict[str, NDArray[Any]]
 
 BINARY_VERSION = 6
+REINSTALL = "install the pinned package"
 MAX_VARIABLES = 100_000
 MAX_RANK = 8
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
@@ -45,7 +48,7 @@ class _Cursor:
     def take(self, count: int) -> memoryview:
         end = self.offset + count
         if end > len(self.view):
-            raise ModelError("model.bin", f"ends at byte {len(self.view)} inside a value", "install it again")
+            raise ModelError("model.bin", f"ends at byte {len(self.view)} inside a value", REINSTALL)
         taken = self.view[self.offset : end]
         self.offset = end
         return taken
@@ -55,24 +58,37 @@ class _Cursor:
         return value
 
     def name(self) -> str:
-        return bytes(self.take(self.number("H"))).rstrip(b"\x00").decode("utf-8")
+        raw = bytes(self.take(self.number("H"))).rstrip(b"\x00")
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError("model.bin", f"holds a name that is not UTF-8 ({raw[:20]!r})", REINSTALL) from error
+
+
+@contextlib.contextmanager
+def _complete() -> Iterator[None]:
+    """Turn a variable that is looked up and not there into a fault of the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError("model.bin", f"lacks the variable {error.args[0]}", REINSTALL) from error
 
 
 def read_variables(blob: bytes) -> Variables:
     """Return name -> array for every variable of a CTranslate2 ``model.bin``.
 
     Raises:
-        ModelError: the file is of another version, truncated, or holds a type that is not known.
+        ModelError: the file is of another version, truncated, or holds a name, shape or type that cannot be.
     """
     cursor = _Cursor(blob)
     version = cursor.number("I")
     if version != BINARY_VERSION:
-        raise ModelError("model.bin", f"has binary version {version}, not 6", "install the pinned package")
+        raise ModelError("model.bin", f"has binary version {version}, not 6", REINSTALL)
     cursor.name()
     cursor.number("I")
     count = cursor.number("I")
     if count > MAX_VARIABLES:
-        raise ModelError("model.bin", f"claims {count} variables", "install the pinned package")
+        raise ModelError("model.bin", f"claims {count} variables", REINSTALL)
     return dict(_variable(cursor) for _ in range(count))
 
 
@@ -80,17 +96,28 @@ def _variable(cursor: _Cursor) -> tuple[str, NDArray[Any]]:
     name = cursor.name()
     rank = cursor.number("B")
     if rank > MAX_RANK:
-        raise ModelError("model.bin", f"{name} has rank {rank}", "install the pinned package")
+        raise ModelError("model.bin", f"{name} has rank {rank}", REINSTALL)
     shape = tuple(cursor.number("I") for _ in range(rank))
     kind = cursor.number("B")
     raw = cursor.take(cursor.number("I"))
     if kind not in DTYPES:
-        raise ModelError("model.bin", f"{name} has the unknown type {kind}", "install the pinned package")
+        raise ModelError("model.bin", f"{name} has the unknown type {kind}", REINSTALL)
+    if len(raw) != np.dtype(DTYPES[kind]).itemsize * math.prod(shape):
+        raise ModelError("model.bin", f"{name} has {len(raw)} bytes, not those of {shape}", REINSTALL)
     return name, np.frombuffer(raw, dtype=DTYPES[kind]).reshape(shape)
 
 
 def whisper_config(variables: Variables) -> WhisperConfig:
-    """Return the Hugging Face configuration that the shapes of `variables` imply."""
+    """Return the Hugging Face configuration that the shapes of `variables` imply.
+
+    Raises:
+        ModelError: a variable is missing; it is named.
+    """
+    with _complete():
+        return _whisper_config(variables)
+
+
+def _whisper_config(variables: Variables) -> WhisperConfig:
     from transformers import WhisperConfig
 
     vocabulary, width = variables["decoder/embeddings/weight"].shape
@@ -121,11 +148,12 @@ def load_whisper(model: WhisperForConditionalGeneration, variables: Variables) -
     """
     import torch
 
-    wanted = dict(_whisper_items(variables))
+    with _complete():
+        wanted = dict(_whisper_items(variables))
     state = {key: torch.tensor(value, dtype=torch.float32) for key, value in wanted.items()}
     differing = set(state) ^ (set(model.state_dict()) - {"proj_out.weight"})
     if differing:
-        raise ModelError("model.bin", f"does not fit Whisper: {min(differing)}", "install the pinned package")
+        raise ModelError("model.bin", f"does not fit Whisper: {min(differing)}", REINSTALL)
     model.load_state_dict({**state, "proj_out.weight": state["model.decoder.embed_tokens.weight"]})
 
 

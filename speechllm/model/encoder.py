@@ -78,6 +78,11 @@ def _check_layer(config: EncoderConfig, num_layers: int) -> int:
     return layer
 
 
+def _check_whole(found: Resolved, missing: Sequence[str]) -> None:
+    if missing:
+        raise ModelError(found.folder, f"lacks the weight {min(missing)}", "download it again")
+
+
 def _checked(waves_s: Waves) -> None:
     for wave in waves_s:
         if len(wave) < MIN_SAMPLES:
@@ -103,7 +108,9 @@ class WhisperFrames:
         """Load the encoder half of the checkpoint."""
         from transformers import WhisperFeatureExtractor, WhisperModel
 
-        self.encoder = WhisperModel.from_pretrained(found.folder, dtype=torch.float32).get_encoder()
+        model, report = WhisperModel.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
+        _check_whole(found, [key for key in report["missing_keys"] if key.startswith("encoder.")])
+        self.encoder = model.get_encoder()
         self.layer = _check_layer(config, len(self.encoder.layers))
         self.features = WhisperFeatureExtractor.from_pretrained(found.folder)
         self.pad_to_30s = config.pad_to_30s
@@ -171,15 +178,15 @@ class Wav2Vec2Frames:
         from transformers import AutoModel
 
         model, report = AutoModel.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
-        missing = [key for key in report["missing_keys"] if "masked_spec_embed" not in key]
-        if missing:
-            raise ModelError(found.folder, f"lacks the weight {min(missing)}", "download it again")
+        _check_whole(found, [key for key in report["missing_keys"] if "masked_spec_embed" not in key])
         self.model = model
         self.config = model.config
         self.layer = _check_layer(config, self.config.num_hidden_layers)
         self.width: int = self.config.hidden_size
-        # a group norm over time sees the padding; the layer-norm variants (data2vec has no other) take an attention mask
-        self.equal_lengths_only: bool = self.config.to_dict().get("feat_extract_norm") == "group"
+        # a group norm over time sees the padding, and so do data2vec's stacked position convolutions;
+        # the other layer-norm variants take an attention mask
+        norm = self.config.to_dict().get("feat_extract_norm")  # data2vec has no such field
+        self.equal_lengths_only: bool = norm == "group" or self.config.model_type == "data2vec-audio"
         self.normalize_input = _normalizes(found)
         self.device, self.dtype = device, torch_dtype(config.dtype)
         _freeze(model, config, device)

@@ -6,6 +6,7 @@ package that carries the same weights (converted once); the hub itself.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -55,8 +56,14 @@ def resolve(name: str) -> Resolved:
         raise ModelError(folder, "is no model folder: it has no config.json", "name another model")
     licence = packaged.LICENCES.get(name, "see the model's own card")
     found = Resolved(name, folder, source, licence, fingerprint(folder))
-    log.info("model name=%s source=%s licence=%s", name, source, licence)
+    _announce(name, source, licence)
     return found
+
+
+@functools.cache
+def _announce(name: str, source: str, licence: str) -> None:
+    """Say once which weights are used and under what licence."""
+    log.info("model name=%s source=%s licence=%s", name, source, licence)
 
 
 def _find(name: str) -> tuple[Path, str]:

@@ -17,7 +17,6 @@ from speechllm.model import hub
 from speechllm.model.assemble import (
     CONFIG_FILE,
     MODEL_FILE,
-    Origin,
     assemble,
     origin_of,
     save_model,
@@ -71,10 +70,13 @@ def _train(
     decode: Decode,
     measure: Measure,
 ) -> None:
-    origin = _claim(config, train_set, valid_set, exp)
+    encoder = _claim(config, train_set, valid_set, exp)
     if (exp / "model" / MODEL_FILE).is_file():
         log.info("train done already exp=%s", exp)
         return
+    width_h = train_set.frames(next(iter(train_set.examples))).shape[1]
+    texts = [example.text for example in train_set.examples.values()]
+    origin = origin_of(config, width_h, encoder, texts)
     model = assemble(config, origin, config.lm.dtype)
     features = Features(config, train_set, valid_set, model.lm.model.device)
     _drop_long(config, train_set, model, exp)
@@ -102,12 +104,10 @@ def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
     write_json(exp / "provenance.json", provenance(content))
 
 
-def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Path) -> Origin:
-    """Return the origin of this run; a folder of another configuration or other data is refused."""
+def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Path) -> str:
+    """Return the encoder's fingerprint; a folder of another configuration or of other data is refused."""
     dumped = read_json(train_set.folder / "dump.json")["record"]
     assert isinstance(dumped, dict)
-    first = next(iter(train_set.examples))
-    texts = [example.text for example in train_set.examples.values()]
     record = {
         "train": hash_texts([str(dumped["data"]), str(dumped["audio"])]),
         "valid": hash_texts(f"{e.utt_id} {e.text} {e.num_frames}" for e in valid_set.examples.values()),
@@ -118,10 +118,9 @@ def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Pa
         what = f"was dumped with {dumped['encoder']}, the configuration says {config.encoder.name}"
         raise ConfigError(train_set.folder, what, "run stage 2 with this configuration")
     _refuse_other_run(config, record, exp)
-    origin = origin_of(config, train_set.frames(first).shape[1], str(dumped["encoder_fingerprint"]), texts)
     configs.dump(config, exp / CONFIG_FILE)
     write_json(exp / RECORD, record)
-    return origin
+    return str(dumped["encoder_fingerprint"])
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:

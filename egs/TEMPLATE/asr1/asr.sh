@@ -18,6 +18,7 @@ Usage: ./run.sh [OPTIONS]
   --ngpu N           0 for the CPU even where there is a GPU (default: what is there)
   --launcher NAME    local
   --exp NAME         name of the experiment (default: the configuration's)
+  --sets A,B,C       your own data/A to train on, data/B to validate and data/C to test on (with --stage 2)
   --list             list the stages and stop
   --help             this text
 
@@ -38,7 +39,7 @@ number() {
   printf -v "$3" '%d' "$((10#$2))"
 }
 
-confs='' default_conf='' conf='' exp='' launcher=local ngpu=1
+confs='' default_conf='' conf='' exp='' own_sets='' launcher=local ngpu=1
 stage=1 stop_stage=${#stage_names[@]} nj=$(nproc) asked=run
 while (($#)); do
   case $1 in
@@ -57,6 +58,7 @@ while (($#)); do
     --ngpu) number "$1" "$2" ngpu ;;
     --launcher) launcher=$2 ;;
     --exp) exp=$2 ;;
+    --sets) own_sets=$2 ;;
     *) fail "unknown option $1" "see --help" ;;
   esac
   shift 2
@@ -76,12 +78,19 @@ export PATH="$top/.venv/bin:$PATH"
 if ((ngpu == 0)); then export CUDA_VISIBLE_DEVICES=''; fi
 
 yaml=conf/$conf.yaml
-# names corpus, train_set, valid_set, eval_set, encoder_tag, table, and the array baselines
-# shellcheck disable=SC2154 source=/dev/null
+corpus='' train_set='' valid_set='' eval_set='' encoder_tag='' table='' baselines=()
+# shellcheck source=/dev/null
 . ./local/corpus.sh "$conf"
+if [[ -n $own_sets ]]; then
+  [[ $own_sets =~ ^[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+$ ]] || fail "--sets '$own_sets' is not A,B,C" "see --help"
+  [[ $exp != "$conf" ]] || fail "--sets needs a name for the experiment" "add --exp NAME"
+  ((stage > 1)) || fail "stage 1 makes the data of $conf, not yours" "add --stage 2"
+  IFS=, read -r train_set valid_set eval_set <<<"$own_sets"
+  table=''
+fi
 dump=dump/$encoder_tag
-mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
 decoded=decode_greedy/$eval_set
+mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
 
 stage_data() {
   python local/data.py --corpus "$corpus" --out data --nj "$nj"
@@ -106,11 +115,14 @@ stage_decode() {
 }
 
 stage_score() {
+  local options=()
+  if [[ -f data/$eval_set/utt2group ]]; then options+=(--groups "data/$eval_set/utt2group"); fi
   for folder in "exp/$exp" "${baselines[@]/#*\//exp/}"; do
-    speechllm score --ref "data/$eval_set/text" --hyp "$folder/$decoded/text" --groups "data/$eval_set/utt2group" \
-      --out "$folder/$decoded"
+    echo "$folder:"
+    speechllm score --ref "data/$eval_set/text" --hyp "$folder/$decoded/text" --out "$folder/$decoded" \
+      --audio "data/$eval_set/wav.scp" "${options[@]}"
   done
-  speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"
+  if [[ -n $table ]]; then speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"; fi
   cat <<NEXT
 Where to look next:
   exp/$exp/RESULTS.md                      the table above

@@ -36,11 +36,18 @@ def prepare(folder: Path, out: Path) -> None:
     """
     if not folder.is_dir():
         raise DataError(folder, "no such folder", "unpack JSUT there, or set JSUT to where it is")
-    utterances = {utt.utt_id: utt for subset in SUBSETS for utt in _read_subset(folder / subset)}
+    utterances: dict[str, Utterance] = {}
+    for subset in SUBSETS:
+        for utt in _read_subset(folder / subset):
+            if utt.utt_id in utterances:
+                what = f"{utt.utt_id} is in {utterances[utt.utt_id].wav.parent.parent.name} too"
+                raise DataError(folder / subset, what, "unpack the corpus again")
+            utterances[utt.utt_id] = utt
     held_out = {name: _ids(SPLIT / f"{name}.txt") for name in HELD_OUT}
     for name, ids in held_out.items():
         if missing := [utt_id for utt_id in ids if utt_id not in utterances]:
             raise DataError(folder, f"lacks {len(missing)} of {name}, first {missing[0]}", "unpack the whole corpus")
+    for name, ids in held_out.items():
         _write(out / f"jsut_{name}", [utterances[utt_id] for utt_id in ids])
     taken = {utt_id for ids in held_out.values() for utt_id in ids}
     _write(out / "jsut_train", [utt for utt_id, utt in utterances.items() if utt_id not in taken])

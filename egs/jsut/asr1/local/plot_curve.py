@@ -1,0 +1,71 @@
+"""Draws dev CER against minutes of training for one or more experiments.
+
+Usage: plot_curve.py --out curve.png NAME=EXP_DIR [NAME=EXP_DIR ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+from speechllm.errors import EXIT_USER, DataError, UserError
+
+mpl.use("Agg")
+
+
+def curve(exp: Path) -> tuple[list[float], list[float]]:
+    """Return minutes and dev CER in per cent; the minutes of a CTC head that was trained first are counted.
+
+    Raises:
+        DataError: the experiment has no record of training.
+    """
+    path = exp / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(path, "no such record", "run stage 3 first")
+    head = exp / "ctc" / "minutes"
+    earlier = float(head.read_text(encoding="utf-8")) if head.is_file() else 0.0
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    points = [record for record in records if record["kind"] == "valid"]
+    return [earlier + point["minutes"] for point in points], [100 * point["cer"] for point in points]
+
+
+def draw(experiments: dict[str, Path], out: Path) -> None:
+    """Write the picture."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    for name, exp in experiments.items():
+        minutes, cer_percent = curve(exp)
+        axes.plot(minutes, cer_percent, marker="o", label=name)
+        axes.annotate(
+            f"{cer_percent[-1]:.1f}", (minutes[-1], cer_percent[-1]), textcoords="offset points", xytext=(4, 6)
+        )
+    axes.set(xlabel="minutes of training (two cores)", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(out)
+
+
+def main() -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("experiments", nargs="+", metavar="NAME=EXP_DIR")
+    options = parser.parse_args()
+    try:
+        draw(
+            {name: Path(folder) for name, _, folder in (item.partition("=") for item in options.experiments)},
+            options.out,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
