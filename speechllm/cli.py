@@ -194,23 +194,28 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Return the exit status of a command line; every fault is one line on stderr."""
     try:
-        if app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False) == TYPER_INTERRUPTED:
-            raise Stopped("by the keyboard")
+        status = app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
     except (UserError, _Faults) as error:
         return _fail(str(error), EXIT_USER)
     except UsageError as error:
         command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
         what = error.format_message() if isinstance(error, typer.BadParameter) else str(error)  # str lacks the option
-        return _fail(f"speechllm {command}: {what.rstrip('.')}; see --help", EXIT_USER)
+        return _fail(f"{f'speechllm {command}'.strip()}: {what.rstrip('.')}; see --help", EXIT_USER)
     except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
-        print(f"stopped: {stopped or 'by the keyboard'}", file=sys.stderr)
-        return EXIT_STOPPED
+        return _stop(str(stopped))
     except OSError as error:
         return _fail(
             f"{error.filename or 'system'}: {error.strerror or error}; mend it and run again",
             EXIT_OURS,
         )
+    if status == TYPER_INTERRUPTED:
+        return _stop("")
     return 0 if arguments else EXIT_USER
+
+
+def _stop(why: str) -> int:
+    print(f"stopped: {why or 'by the keyboard'}", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def _fail(message: str, status: int) -> int:

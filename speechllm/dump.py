@@ -15,10 +15,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from speechllm.data import archive, audio, kaldi
+from speechllm.data import archive, kaldi
 from speechllm.errors import DataError
 from speechllm.model import hub
-from speechllm.runtime import hash_texts, pick_device, provenance, read_json, write_json, write_text
+from speechllm.runtime import atomic_path, hash_texts, pick_device, provenance, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 UTTS_PER_SHARD = 256
 BATCH_SECONDS = {"cpu": 12.0, "cuda": 400.0}
-COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2dur", "utt2group")
+COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2group", "wav.scp", "segments")
 MARK = "dump.json"
 
 
@@ -197,7 +197,7 @@ def _batches(utterances: Sequence[kaldi.Utterance], seconds: float) -> Iterator[
     by_size = sorted(utterances, key=lambda utt: (utt.wav.stat().st_size, utt.utt_id))
     batch: list[kaldi.Utterance] = []
     for utt in by_size:
-        length_s = (utt.end_s or audio.inspect(utt.wav).duration_s) - utt.start_s
+        length_s = utt.duration_s()
         if batch and length_s * (len(batch) + 1) > seconds:
             yield batch
             batch = []
@@ -224,8 +224,10 @@ def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard]) -> None:
         assert isinstance(counts, dict)
         frames |= {key: str(value) for key, value in counts.items()}
     assert places.keys() == data.utterances.keys()
-    for name in (*COPIED_TABLES, "wav.scp", "segments"):
+    for name in COPIED_TABLES:
         if (data.path / name).exists():
-            write_text(out / name, (data.path / name).read_text(encoding="utf-8"))
+            with atomic_path(out / name) as temporary:
+                shutil.copyfile(data.path / name, temporary)
+    kaldi.write_table(out / "utt2dur", {key: f"{utt.duration_s():.4f}" for key, utt in data.utterances.items()})
     kaldi.write_table(out / "utt2num_frames", frames)
     kaldi.write_table(out / "feats.scp", places)

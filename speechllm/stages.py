@@ -46,7 +46,7 @@ def _decode_valid(model: SpeechLlm, features: Features, utt_ids: Sequence[str]) 
 
     config = features.config.decode.model_copy(update={"beam": 1})
     examples = features.valid.examples
-    durations = {utt_id: examples[utt_id].num_frames / 50 for utt_id in utt_ids}
+    durations = {utt_id: examples[utt_id].duration_s for utt_id in utt_ids}
     batches = decode(model, durations, features.validation, config)
     return {utt_id: nbest[0].text for batch in batches for utt_id, nbest in batch.items()}
 

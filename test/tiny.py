@@ -30,14 +30,19 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from speechllm.config.schema import Config, LoraConfig
 from speechllm.model.hub import Resolved, resolve
-from speechllm.model.lm import LanguageModel, load_lm
+from speechllm.model.lm import LanguageModel, add_lora, load_lm, lora_state
+from speechllm.model.projector import build_projector
+from speechllm.model.speechllm import SpeechLlm, kana_embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from speechllm.config.schema import Projector
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -51,13 +56,14 @@ PROMPT = "書き起こして"
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 LM_WIDTH = 16
+WIDTH_H = 6  # of made-up encoder frames
 # what every tiny encoder of the wav2vec 2.0 kind shares; kernels and strides are the published ones
 WAV2VEC2_SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
-    "conv_dim": (8,) * 7,
+    "conv_dim": (32,) * 7,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
 }
@@ -65,6 +71,7 @@ LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 LM_SIZES = {"hidden_size": LM_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 # with the usual 0.02 all logits are alike, and a test of what depends on what could not fail
 SPREAD = {"initializer_range": 0.3}
+ENCODER_SPREAD = {"initializer_range": 0.1}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -94,25 +101,25 @@ def _shake(model: torch.nn.Module) -> None:
 def wavlm(folder: Path) -> Path:
     """Write WavLM with a layer-norm feature extractor, as WavLM-Large has it."""
     torch.manual_seed(1)
-    return _save_encoder(WavLMModel(WavLMConfig(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+    return _save_encoder(WavLMModel(WavLMConfig(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD)), folder)
 
 
 def hubert(folder: Path) -> Path:
     """Write HuBERT with a group-norm feature extractor, as HuBERT-base has it."""
     torch.manual_seed(2)
-    return _save_encoder(HubertModel(HubertConfig(**WAV2VEC2_SIZES, **SPREAD)), folder)
+    return _save_encoder(HubertModel(HubertConfig(**WAV2VEC2_SIZES, **ENCODER_SPREAD)), folder)
 
 
 def wav2vec2(folder: Path) -> Path:
     """Write wav2vec 2.0 as its large models are."""
     torch.manual_seed(3)
-    return _save_encoder(Wav2Vec2Model(Wav2Vec2Config(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+    return _save_encoder(Wav2Vec2Model(Wav2Vec2Config(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD)), folder)
 
 
 def unispeech_sat(folder: Path) -> Path:
     """Write UniSpeech-SAT as its large models are."""
     torch.manual_seed(4)
-    return _save_encoder(UniSpeechSatModel(UniSpeechSatConfig(**WAV2VEC2_SIZES, **LARGE, **SPREAD)), folder)
+    return _save_encoder(UniSpeechSatModel(UniSpeechSatConfig(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD)), folder)
 
 
 def data2vec(folder: Path) -> Path:
@@ -121,7 +128,9 @@ def data2vec(folder: Path) -> Path:
 
     torch.manual_seed(5)
     sizes = {**WAV2VEC2_SIZES, "num_conv_pos_embeddings": 2}
-    return _save_encoder(Data2VecAudioModel(Data2VecAudioConfig(**sizes, conv_pos_kernel_size=5, **SPREAD)), folder)
+    return _save_encoder(
+        Data2VecAudioModel(Data2VecAudioConfig(**sizes, conv_pos_kernel_size=5, **ENCODER_SPREAD)), folder
+    )
 
 
 def whisper_model() -> torch.nn.Module:
@@ -168,12 +177,12 @@ ENCODERS: dict[str, Callable[[Path], Path]] = {
 
 
 def tokenizer(texts: Sequence[str] = (*TEXTS, PROMPT)) -> PreTrainedTokenizerFast:
-    """Return a byte-pair tokenizer with byte fallback that learned up to 60 merges of `texts`."""
+    """Return a byte-pair tokenizer with byte fallback that learned up to 20 merges of `texts`."""
     learning = Tokenizer(models.BPE())
     learning.normalizer = normalizers.Replace(" ", "▁")
     alphabet = {char for text in texts for char in text.replace(" ", "▁")}
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + 60, initial_alphabet=sorted(alphabet), show_progress=False, min_frequency=1
+        vocab_size=len(alphabet) + 20, initial_alphabet=sorted(alphabet), show_progress=False, min_frequency=1
     )
     learning.train_from_iterator(texts, trainer)
     learned = json.loads(learning.to_str())["model"]
@@ -217,7 +226,7 @@ LORA_TARGETS = {
 }
 
 
-def _save_lm(kind: type, config_kind: type, sizes: dict[str, object], folder: Path) -> Path:
+def _save_lm(kind: type, config_kind: type, sizes: Mapping[str, object], folder: Path) -> Path:
     torch.manual_seed(7)
     made = tokenizer()
     config = config_kind(vocab_size=len(made), max_position_embeddings=256, **sizes, **SPREAD, **ENDS)
@@ -234,3 +243,28 @@ def found(folder: Path) -> Resolved:
 def load(folder: Path, kept_ids: Sequence[int] | None = None) -> LanguageModel:
     """Return the language model in `folder`, in float32 on the CPU."""
     return load_lm(found(folder), "float32", CPU, kept_ids)
+
+
+def config(encoder: Path, lm: Path, **fields: object) -> Config:
+    """Return a configuration in float32 on the CPU; `fields` stand in for its defaults."""
+    chosen: dict[str, object] = {
+        "device": "cpu",
+        "prompt": PROMPT,
+        "encoder": {"name": str(encoder)},
+        "lm": {"name": str(lm), "dtype": "float32"},
+        "projector": {"kind": "conv_mlp", "hidden": 8},
+        "lora": {"rank": 4, "alpha": 8},
+    }
+    return Config.model_validate(chosen | fields)
+
+
+def speech_llm(folder: Path, name: str, projector: Projector, width_h: int = WIDTH_H) -> SpeechLlm:
+    """Return an untrained model in float32; its adapter and its bridge are random, so that both say something."""
+    lm = load(folder)
+    torch.manual_seed(8)
+    add_lora(lm, LoraConfig(rank=4, targets=LORA_TARGETS[name]))
+    made = build_projector(projector, width_h, lm.width, kana_embeddings(lm))
+    for key, value in (*lora_state(lm).items(), *made.named_parameters()):
+        if "lora_B" in key or key.startswith("residual"):
+            torch.nn.init.normal_(value, std=0.3)
+    return SpeechLlm(made, lm, PROMPT)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from speechllm.config import schema
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "": schema.Config,
@@ -30,8 +33,9 @@ def page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made by `python tools/config_docs.py`. A configuration is YAML; an unknown or repeated key, a tag or an alias is an",
-        "error. `speechllm train --set key.key=value` changes a field. The resolved configuration is kept in the experiment.",
+        "Made by `python tools/config_docs.py`. A configuration is YAML; an unknown or repeated key, a tag or an alias",
+        "is an error. `speechllm train --set key.key=value` changes a field. The resolved configuration is kept in the",
+        "experiment.",
     ]
     for name, section in SECTIONS.items():
         lines += ["", f"## {name or 'top level'}", "", "| field | default | range | meaning |", "|---|---|---|---|"]

@@ -10,6 +10,7 @@ import numpy as np
 from speechllm.data.archive import Store
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import DataError
+from speechllm.runtime import derive_seed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.config.schema import AugmentConfig
-
-from speechllm.runtime import derive_seed
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Example:
     utt_id: str
     num_frames: int
     text: str
+    duration_s: float
 
 
 class FeatureSet:
@@ -41,17 +41,25 @@ class FeatureSet:
         """
         self.folder = folder
         self.store = Store(folder)
-        texts = read_table(folder / "text")
-        if differing := byte_order(texts.keys() ^ self.store.places.keys()):
-            what = f"{differing[0]} is not in both text and feats.scp"
-            raise DataError(folder, what, "run stage 2 again")
+        texts, durations = read_table(folder / "text"), read_table(folder / "utt2dur")
+        for name, table in (("text", texts), ("utt2dur", durations)):
+            for utt_id in byte_order(table.keys() ^ self.store.places.keys())[:1]:
+                raise DataError(folder, f"{utt_id} is not in both {name} and feats.scp", "run stage 2 again")
         self.examples = {
-            utt_id: Example(utt_id, self.store.frames[utt_id], texts[utt_id]) for utt_id in byte_order(texts)
+            key: Example(key, self.store.frames[key], texts[key], _seconds(folder, key, durations[key]))
+            for key in byte_order(texts)
         }
 
     def frames(self, utt_id: str) -> NDArray[np.float32]:
         """Return the features [e h] of an utterance."""
         return self.store.read(utt_id).astype(np.float32)
+
+
+def _seconds(folder: Path, utt_id: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise DataError(folder / "utt2dur", f"{utt_id} has no number of seconds", "run stage 2 again") from error
 
 
 def augment(

@@ -44,6 +44,11 @@ class Utterance:
     text: str | None = None
     speaker: str | None = None
 
+    def duration_s(self) -> float:
+        """Return its length in seconds, from its segment or from the header of its audio."""
+        end_s = audio.inspect(self.wav).duration_s if self.end_s is None else self.end_s
+        return end_s - self.start_s
+
     def read(self) -> NDArray[np.float32]:
         """Return its samples [s] at 16 kHz.
 
@@ -362,7 +367,7 @@ def write_dir(
     write_table(path / "text", {key: utt.text or "" for key, utt in by_id.items()})
     write_table(path / "utt2spk", {key: utt.speaker or key for key, utt in by_id.items()})
     write_table(path / "spk2utt", {key: " ".join(utts) for key, utts in speakers.items()})
-    durations = {key: f"{audio.inspect(utt.wav).duration_s:.4f}" for key, utt in by_id.items()}
+    durations = {key: f"{utt.duration_s():.4f}" for key, utt in by_id.items()}
     write_table(path / "utt2dur", durations)
     for name, table in (extra or {}).items():
         write_table(path / name, table)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from speechllm.config.schema import DecodeConfig
-from speechllm.data import audio, kaldi
+from speechllm.data import kaldi
 from speechllm.data.archive import sha256
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
@@ -170,8 +170,7 @@ def _from_store(folder: Path, config: Config, origin: Origin) -> Source:
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         return pad_frames([torch.from_numpy(features.frames(utt_id)) for utt_id in utt_ids], device)
 
-    given = kaldi.read_table(folder / "utt2dur")
-    durations = {key: float(given[key]) for key in features.examples}
+    durations = {key: example.duration_s for key, example in features.examples.items()}
     return Source(durations, fetch, f"{record['data']} {record['audio']}")
 
 
@@ -191,7 +190,5 @@ def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
         # the store rounds to float16, and so does this: the texts are the same either way
         return pad_frames([frames.half().float() for frames in loaded[0].encode(waves)], device)
 
-    durations = {
-        key: (utt.end_s or audio.inspect(utt.wav).duration_s) - utt.start_s for key, utt in data.utterances.items()
-    }
+    durations = {key: utt.duration_s() for key, utt in data.utterances.items()}
     return Source(durations, fetch, kaldi.data_hash(data))

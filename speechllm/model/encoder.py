@@ -6,6 +6,7 @@ Shapes: b batch, s samples, f feature frames, m mel bins, e encoder frames, h en
 from __future__ import annotations
 
 import json
+import warnings
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -206,12 +207,11 @@ class Wav2Vec2Frames:
         mask_bs = None
         if not self.equal_lengths_only:
             mask_bs = padding_mask([len(wave) for wave in waves_s], self.device).long()
-        output = self.model(
-            wave_bs,
-            attention_mask=mask_bs,
-            output_hidden_states=self.layer < self.config.num_hidden_layers,
-        )
         last = self.layer == self.config.num_hidden_layers
+        with warnings.catch_warnings():
+            # transformers' WavLM hands torch a boolean and a float mask together; torch converts one and warns
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask", category=UserWarning)
+            output = self.model(wave_bs, attention_mask=mask_bs, output_hidden_states=not last)
         hidden_beh = output.last_hidden_state if last else output.hidden_states[self.layer]
         kept_b = [self.num_frames(len(wave)) for wave in waves_s]
         return [row[:kept].float().cpu() for row, kept in zip(hidden_beh, kept_b, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,12 @@ import torch
 from speechllm.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+BLANK = "▁"  # how these tokenizers write a space
 LEVEL_1_ROWS = range(0xB0, 0xD0)  # JIS X 0208: kanji of level 1, in EUC-JP
 KANA_ROWS = (0xA1, 0xA3, 0xA4, 0xA5)  # punctuation, full-width letters, hiragana, katakana
 
@@ -52,24 +54,29 @@ def kept_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[i
     vocab: dict[str, int] = model["vocab"]
     kept = {vocab[token] for token in BYTE_TOKENS} | set(tokenizer.all_special_ids)
     kept |= {vocab[char] for char in everyday_characters() if char in vocab}
-    kept |= {vocab[" ".replace(" ", "▁")]} if "▁" in vocab else set()
+    kept |= {vocab[BLANK]} if BLANK in vocab else set()
     for text in texts:
         kept.update(tokenizer(text, add_special_tokens=False)["input_ids"])
     return sorted(_with_parts(kept, model["merges"], vocab))
 
 
 def _with_parts(kept: set[int], merges: Sequence[Sequence[str]], vocab: dict[str, int]) -> set[int]:
-    """Add the two parts of the first merge that makes each kept token, and theirs, and so on."""
-    made_of: dict[int, tuple[int, int]] = {}
-    for left, right in merges:
-        made_of.setdefault(vocab[left + right], (vocab[left], vocab[right]))
-    waiting, closed = list(kept), set(kept)
-    while waiting:
-        for part in made_of.get(waiting.pop(), ()):
-            if part not in closed:
-                closed.add(part)
-                waiting.append(part)
-    return closed
+    """Add every piece that the tokenizer passes through while it joins the characters of a kept token."""
+    rank = {(left, right): order for order, (left, right) in enumerate(merges)}
+    made = {vocab[left + right]: left + right for left, right in merges}
+    pieces = {piece for index in kept if index in made for piece in _pieces(made[index], rank)}
+    return kept | {vocab[piece] for piece in pieces if piece in vocab}
+
+
+def _pieces(token: str, rank: Mapping[tuple[str, str], int]) -> set[str]:
+    """Return the pieces of `token`: joined pair by pair, the earliest merge first, the leftmost of equals."""
+    parts = list(token)
+    pieces = set(parts)
+    while joinable := [(rank[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in rank]:
+        _, place = min(joinable)
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+        pieces.add(parts[place])
+    return pieces
 
 
 def cut_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreTrainedTokenizerFast:

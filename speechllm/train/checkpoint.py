@@ -56,9 +56,14 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    prune(folder, keep)
+    return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` states."""
     for old in _states(folder)[keep:]:
         shutil.rmtree(old)
-    return target
 
 
 def _states(folder: Path) -> list[Path]:

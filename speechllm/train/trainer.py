@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import signal
 import time
 from dataclasses import dataclass, field
@@ -234,8 +233,8 @@ class Loop:
         ckpt.save(self.folder / "checkpoints", self.progress.step, state, KEPT_STATES)
 
     def clean(self) -> None:
-        """Delete the saved states of a finished run; the best parameters stay."""
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        """Delete all saved states of a finished run but the last; the best parameters have a file of their own."""
+        ckpt.prune(self.folder / "checkpoints", keep=1)
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -1,0 +1,194 @@
+"""Stage 1 of JSUT: its folder as it is unpacked becomes three data directories, or one line says why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from speechllm.data import audio, kaldi
+from speechllm.errors import DataError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+LOCAL = Path(__file__).parents[2] / "egs" / "jsut" / "asr1" / "local"
+NUM_BASIC = 503  # 250 of them are eval1, 250 dev
+SUBSETS = {
+    "basic5000": [f"BASIC5000_{number:04d}" for number in range(1, NUM_BASIC + 1)],
+    "countersuffix26": ["COUNTERSUFFIX26_01"],
+    "loanword128": ["LOANWORD128_001"],
+    "onomatopee300": ["ONOMATOPEE300_001"],
+    "precedent130": ["PRECEDENT130_001"],
+    "repeat500": ["REPEAT500_set1_001", "REPEAT500_set2_001"],
+    "travel1000": ["TRAVEL1000_0001"],
+    "utparaphrase512": ["UT-PARAPHRASE-sent001-phrase1"],
+    "voiceactress100": ["VOICEACTRESS100_001"],
+}
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+jsut = _load(LOCAL / "jsut.py")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of JSUT's layout, every sound the same 0.1 s."""
+    folder = tmp_path_factory.mktemp("jsut") / "jsut_ver1.1"
+    tone = folder.parent / "tone.wav"
+    audio.write_wav(tone, (0.1 * np.sin(np.arange(4_800) / 17)).astype(np.float32), 48_000)
+    for subset, ids in SUBSETS.items():
+        (folder / subset / "wav").mkdir(parents=True)
+        for utt_id in ids:
+            os.link(tone, folder / subset / "wav" / f"{utt_id}.wav")
+        lines = [f"{utt_id}:{utt_id[-4:]}番の札を持って窓口へどうぞ。\n" for utt_id in ids]
+        (folder / subset / "transcript_utf8.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """Return a copy whose transcripts may be changed and whose sounds may be taken away."""
+    copy = tmp_path / "jsut_ver1.1"
+    shutil.copytree(whole, copy, copy_function=os.link)
+    for transcript in copy.glob("*/transcript_utf8.txt"):
+        content = transcript.read_bytes()
+        transcript.unlink()
+        transcript.write_bytes(content)
+    return copy
+
+
+def _fault(folder: Path) -> str:
+    """Return what is said of a folder that is at fault; nothing may have been written for it."""
+    out = folder.parent / "data"
+    with pytest.raises(DataError) as caught:
+        jsut.prepare(folder, out)
+    assert not out.exists()
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+def _change(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_the_nine_subsets_become_three_sound_directories(whole: Path, tmp_path: Path) -> None:
+    jsut.prepare(whole, tmp_path)
+    sets = {name: kaldi.load(tmp_path / f"jsut_{name}") for name in ("train", "dev", "eval1")}
+    assert {name: len(data) for name, data in sets.items()} == {"train": 12, "dev": 250, "eval1": 250}
+    for name, data in sets.items():
+        report = kaldi.validate(data.path)
+        assert report.faults == []
+        assert report.num_speakers == 1
+        assert report.duration_s == pytest.approx(0.1 * len(data)), name
+    spoken = [utt_id for data in sets.values() for utt_id in data.utterances]
+    assert sorted(spoken) == sorted(utt_id for ids in SUBSETS.values() for utt_id in ids)
+    first = sets["eval1"].utterances["BASIC5000_0001"]
+    assert first.wav == whole / "basic5000" / "wav" / "BASIC5000_0001.wav"
+    assert first.text == "0001番の札を持って窓口へどうぞ。"
+
+
+def test_the_groups_are_the_subsets(whole: Path, tmp_path: Path) -> None:
+    jsut.prepare(whole, tmp_path)
+    groups = kaldi.read_table(tmp_path / "jsut_train" / "utt2group")
+    assert groups["REPEAT500_set2_001"] == "repeat500"
+    assert set(groups.values()) == set(jsut.SUBSETS) == set(SUBSETS)
+    assert set(kaldi.read_table(tmp_path / "jsut_eval1" / "utt2group").values()) == {"basic5000"}
+
+
+def test_the_committed_split_is_espnets() -> None:
+    """Eval1 and dev are the first and second 250 of all ids in order (egs2/jsut/asr1/local/data.sh)."""
+    for first, name in ((1, "eval1"), (251, "dev")):
+        ids = (LOCAL / "split" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert ids == [f"BASIC5000_{number:04d}" for number in range(first, first + 250)]
+
+
+def test_a_second_run_writes_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    jsut.prepare(whole, tmp_path)
+    first = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    jsut.prepare(whole, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == first
+
+
+def test_a_text_keeps_its_colons(folder: Path, tmp_path: Path) -> None:
+    transcript = folder / "travel1000" / "transcript_utf8.txt"
+    transcript.write_text("TRAVEL1000_0001: 集合は9:30、場所：南口。 \r\n\n", encoding="utf-8")
+    jsut.prepare(folder, tmp_path / "data")
+    assert kaldi.load(tmp_path / "data" / "jsut_train").texts()["TRAVEL1000_0001"] == "集合は9:30、場所：南口。"
+
+
+def test_a_missing_sound_is_named(folder: Path) -> None:
+    (folder / "basic5000" / "wav" / "BASIC5000_0007.wav").unlink()
+    assert _fault(folder) == (
+        "basic5000/transcript_utf8.txt: BASIC5000_0007 has a transcript but no wav/BASIC5000_0007.wav; "
+        "unpack the corpus again"
+    )
+
+
+def test_a_missing_transcript_is_named(folder: Path) -> None:
+    transcript = folder / "voiceactress100" / "transcript_utf8.txt"
+    transcript.write_text("", encoding="utf-8")
+    assert _fault(folder) == "voiceactress100/wav/VOICEACTRESS100_001.wav: has no transcript; unpack the corpus again"
+    transcript.unlink()
+    assert _fault(folder).startswith("voiceactress100/transcript_utf8.txt: no such file; ")
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("BASIC5000_0002 二番", "is not `ID:text`; unpack the corpus again"),
+        ("BASIC5000_0002: \n", "is not `ID:text`"),
+        ("BASIC5000_0001:二番", "BASIC5000_0001 stands here twice; unpack the corpus again"),
+        ("../BASIC5000_0002:二番", "the id '../BASIC5000_0002' cannot be part of a file name"),
+        (":二番", "the line begins with a blank, so it has no id"),
+    ],
+)
+def test_a_faulty_line_is_named(folder: Path, new: str, message: str) -> None:
+    _change(folder / "basic5000" / "transcript_utf8.txt", "BASIC5000_0002:0002番の札を持って窓口へどうぞ。", new)
+    assert _fault(folder).startswith(f"basic5000/transcript_utf8.txt:2: {message}")
+
+
+@pytest.mark.parametrize(("utt_id", "name"), [("BASIC5000_0100", "eval1"), ("BASIC5000_0300", "dev")])
+def test_a_corpus_without_a_held_out_utterance_is_refused(folder: Path, utt_id: str, name: str) -> None:
+    (folder / "basic5000" / "wav" / f"{utt_id}.wav").unlink()
+    _change(folder / "basic5000" / "transcript_utf8.txt", f"{utt_id}:", "")
+    _change(folder / "basic5000" / "transcript_utf8.txt", f"{utt_id[-4:]}番の札を持って窓口へどうぞ。\n", "")
+    assert _fault(folder) == f"{folder}: lacks 1 of {name}, first {utt_id}; unpack the whole corpus"
+
+
+def test_an_id_in_two_subsets_is_refused(folder: Path) -> None:
+    (folder / "loanword128" / "wav" / "LOANWORD128_001.wav").rename(folder / "loanword128/wav/BASIC5000_0001.wav")
+    _change(folder / "loanword128" / "transcript_utf8.txt", "LOANWORD128_001", "BASIC5000_0001")
+    assert _fault(folder) == "loanword128: BASIC5000_0001 is in basic5000 too; unpack the corpus again"
+
+
+def test_a_missing_subset_or_folder_is_named(folder: Path) -> None:
+    shutil.rmtree(folder / "repeat500")
+    assert _fault(folder).startswith("repeat500/transcript_utf8.txt: no such file; ")
+    assert _fault(folder / "none").endswith("none: no such folder; unpack JSUT there, or set JSUT to where it is")
+
+
+def test_a_sound_that_is_no_audio_is_named(folder: Path) -> None:
+    sound = folder / "travel1000" / "wav" / "TRAVEL1000_0001.wav"
+    sound.unlink()
+    sound.write_bytes(b"RIFF")
+    with pytest.raises(DataError) as caught:
+        jsut.prepare(folder, folder.parent / "data")
+    assert str(caught.value).startswith(f"{sound}: is not audio that libsndfile reads")
+    assert not (folder.parent / "data" / "jsut_train" / "wav.scp").exists()
