@@ -245,13 +245,13 @@ def load(folder: Path, kept_ids: Sequence[int] | None = None) -> LanguageModel:
     return load_lm(found(folder), "float32", CPU, kept_ids)
 
 
-def config(encoder: Path, lm: Path, **fields: object) -> Config:
+def config(encoder_folder: Path, lm_folder: Path, **fields: object) -> Config:
     """Return a configuration in float32 on the CPU; `fields` stand in for its defaults."""
     chosen: dict[str, object] = {
         "device": "cpu",
         "prompt": PROMPT,
-        "encoder": {"name": str(encoder)},
-        "lm": {"name": str(lm), "dtype": "float32"},
+        "encoder": {"name": str(encoder_folder)},
+        "lm": {"name": str(lm_folder), "dtype": "float32"},
         "projector": {"kind": "conv_mlp", "hidden": 8},
         "lora": {"rank": 4, "alpha": 8},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,8 +82,9 @@ def read_model(folder: Path) -> tuple[Config, Origin]:
     Raises:
         ModelError: the folder holds no trained model.
     """
-    if not (folder / MODEL_FILE).is_file():
-        raise ModelError(folder, f"holds no trained model ({MODEL_FILE} is missing)", "run stage 3 first")
+    for name in (MODEL_FILE, TRAINED_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(folder, f"holds no trained model ({name} is missing)", "run stage 3 first")
     return configs.load(folder / CONFIG_FILE), _read_origin(folder)
 
 
@@ -111,6 +112,9 @@ def _read_origin(folder: Path) -> Origin:
     if content.get("format") != FORMAT:
         what = f"has format {content.get('format')}, this version reads {FORMAT}"
         raise ModelError(folder / MODEL_FILE, what, "train again or use the version that made it")
+    for field in fields(Origin):
+        if field.name not in content:
+            raise ModelError(folder / MODEL_FILE, f"has no {field.name}", "train again or copy the folder again")
     kept = content["kept_ids"]
     assert kept is None or isinstance(kept, list)
     return Origin(

@@ -1,11 +1,12 @@
 """Saved training states: whole or absent, checked when read, the newest good one found.
 
 A state is a folder ``step_<n>`` with ``trainable.safetensors``, ``optimizer.safetensors`` and ``state.json``, which
-holds the SHA-256 of both. The folder is written under another name, synced and renamed.
+holds the sums of both and of itself. The folder is written under another name, synced and renamed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from speechllm.data.archive import sha256
 from speechllm.errors import ModelError
 from speechllm.model.state import load_tensors, save_tensors
-from speechllm.runtime import read_json, write_json
+from speechllm.runtime import hash_texts, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +30,8 @@ TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 BEST = "best.safetensors"
+PROGRESS = "progress"  # beside the sums of the files, the record keeps one of what it says itself
+OLDER = "an older state is used"
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,18 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         save_tensors(temporary / TRAINABLE, checkpoint.trainable)
         save_tensors(temporary / OPTIMIZER, checkpoint.optimizer)
         sums = {name: sha256(temporary / name) for name in (TRAINABLE, OPTIMIZER)}
-        write_json(temporary / STATE, {"sha256": sums, "progress": dict(checkpoint.progress)})
+        progress = dict(checkpoint.progress)
+        write_json(temporary / STATE, {"sha256": {**sums, PROGRESS: _sum_of(progress)}, PROGRESS: progress})
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)
     return target
+
+
+def _sum_of(progress: Mapping[str, object]) -> str:
+    return hash_texts([json.dumps(progress, sort_keys=True)])
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -83,10 +91,14 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 def _load(path: Path) -> Checkpoint:
     content = read_json(path / STATE)
-    sums, progress = content["sha256"], content["progress"]
-    assert isinstance(sums, dict)
-    assert isinstance(progress, dict)
+    sums, progress = content.get("sha256"), content.get(PROGRESS)
+    if not isinstance(sums, dict) or not isinstance(progress, dict):
+        raise ModelError(path / STATE, "has no sums or no progress", OLDER)
     for name, wanted in sums.items():
-        if not (path / name).is_file() or sha256(path / name) != wanted:
-            raise ModelError(path / name, "is missing or its SHA-256 is wrong", "an older state is used")
+        if name == PROGRESS:
+            right = _sum_of(progress) == wanted
+        else:
+            right = (path / name).is_file() and sha256(path / name) == wanted
+        if not right:
+            raise ModelError(path / name, "is missing or its SHA-256 is wrong", OLDER)
     return Checkpoint(load_tensors(path / TRAINABLE), load_tensors(path / OPTIMIZER), progress)

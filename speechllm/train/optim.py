@@ -70,6 +70,11 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
         return norm
 
+    def skip(self) -> float:
+        """Drop the gradients and return a norm that is not a number."""
+        self.adam.zero_grad(set_to_none=True)
+        return math.nan
+
     def state(self) -> dict[str, Tensor]:
         """Return the moments by parameter name."""
         return {

@@ -97,8 +97,11 @@ class Loop:
         """Prepare the run and load the newest state that `folder` holds."""
         self.task, self.options, self.folder = task, options, folder
         self.optimizer = Optimizer(task.groups(), options.weight_decay, options.clip_norm)
-        self.per_epoch = math.ceil(len(task.batches(0)) / options.accumulate)
-        self.total = max(1, round(options.epochs * self.per_epoch))
+        # batches are drawn anew for every epoch, so epochs differ a little in their number of steps
+        whole = math.ceil(options.epochs)
+        self.epoch_steps = [math.ceil(len(task.batches(epoch)) / options.accumulate) for epoch in range(whole)]
+        cut = (whole - options.epochs) * self.epoch_steps[-1] if whole else 0
+        self.total = max(min(whole, 1), round(sum(self.epoch_steps) - cut))
         self.progress = Progress()
         self.stop_requested = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,7 @@ class Loop:
     def _resume(self) -> None:
         found = ckpt.load_newest(self.folder / "checkpoints")
         if found is None:
+            _truncate_metrics(self.folder / METRICS, 0)  # of a run that was killed before it saved anything
             return
         check_keys(self.folder / "checkpoints", found.trainable, self.task.state())
         self.task.load_state(found.trainable)
@@ -133,7 +137,9 @@ class Loop:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if (self.folder / ckpt.BEST).is_file():
-            self.task.load_state(load_tensors(self.folder / ckpt.BEST))
+            best = load_tensors(self.folder / ckpt.BEST)
+            check_keys(self.folder / ckpt.BEST, best, self.task.state())
+            self.task.load_state(best)
         return self.progress
 
     def _bar(self) -> tqdm[Any]:
@@ -144,15 +150,15 @@ class Loop:
         self.stop_requested = True
 
     def _remaining(self) -> Iterator[tuple[int, list[list[str]]]]:
-        """Yield (epoch, the batches of one step) from where the run is."""
-        while self.progress.step < self.total:
-            epoch, position = divmod(self.progress.step, self.per_epoch)
-            batches = self.task.batches(epoch)
-            size = self.options.accumulate
-            for start in range(position * size, len(batches), size):
-                if self.progress.step >= self.total:
-                    return
-                yield epoch, batches[start : start + size]
+        """Yield (epoch, the batches of one step) from where the run is: a function of the step alone."""
+        first = 0
+        size = self.options.accumulate
+        for epoch, steps in enumerate(self.epoch_steps):
+            if self.progress.step < first + steps:
+                batches = self.task.batches(epoch)
+                for position in range(self.progress.step - first, min(steps, self.total - first)):
+                    yield epoch, batches[position * size : (position + 1) * size]
+            first += steps
 
     def _one_step(self, epoch: int, batches: Sequence[Sequence[str]], writer: object, bar: tqdm[Any]) -> None:
         began = time.monotonic()
@@ -166,7 +172,9 @@ class Loop:
             nll += float(loss.detach())
             tokens += count
         factor = schedule(progress.step, self.total, self.options.warmup)
-        norm = self.optimizer.step(factor, tokens)
+        tokens = max(1, tokens)  # a batch of silence has none
+        # a loss can be infinite and its gradient finite
+        norm = self.optimizer.step(factor, tokens) if math.isfinite(nll) else self.optimizer.skip()
         progress.step += 1
         self._guard(nll, norm, batches)
         progress.seconds += time.monotonic() - began
