@@ -14,6 +14,8 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "transformers>=5.17,<6",
+        "tokenizers>=0.22,<1",
+        "huggingface_hub>=1.0,<3",
         "peft>=0.18,<1",
         "torchaudio>=2.11,<3",
         "sentencepiece>=0.2,<1",

@@ -204,10 +204,9 @@ def run(arguments: list[str]) -> int:
     except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
         return _stop(str(stopped))
     except OSError as error:
-        return _fail(
-            f"{error.filename or 'system'}: {error.strerror or error}; mend it and run again",
-            EXIT_OURS,
-        )
+        theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        where, what = error.filename or "system", error.strerror or str(error)
+        return _fail(f"{where}: {what}; mend it and run again", EXIT_USER if theirs else EXIT_OURS)
     if status == TYPER_INTERRUPTED:
         return _stop("")
     return 0 if arguments else EXIT_USER

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from speechllm.data import archive, kaldi
-from speechllm.errors import DataError
+from speechllm.errors import DataError, ModelError
+from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.model import hub
-from speechllm.runtime import atomic_path, hash_texts, pick_device, provenance, read_json, write_json, write_text
+from speechllm.model.identity import identity
+from speechllm.runtime import (
+    atomic_path,
+    hash_texts,
+    pick_device,
+    provenance,
+    read_json,
+    worker_pool,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UTTS_PER_SHARD = 256
+MAX_WORKERS = 256
 BATCH_SECONDS = {"cpu": 12.0, "cuda": 400.0}
 COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2group", "wav.scp", "segments")
 MARK = "dump.json"
@@ -69,49 +81,27 @@ def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers
     """
     data = kaldi.load(data_dir)
     record = _record(encoder, data)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            if not _finished(out, record):
-                _dump(encoder, device, data, out, record, workers)
-    except Timeout as error:
-        raise DataError(out, "another process is writing here", "wait for it to end") from error
+    with only_writer(out):
+        if is_made(out / MARK, record):
+            _copy_tables(data, out)
+        else:
+            _dump(encoder, device, data, out, record, workers)
     return len(data)
 
 
 def _record(encoder: EncoderConfig, data: kaldi.DataDir) -> dict[str, object]:
-    """Return what decides the features: a dump is reused only where all of it is the same."""
-    found = hub.resolve(encoder.name)
+    """Return what decides the features: a dump is reused only where all of it is the same. Transcripts are not part."""
+    found = hub.resolve(encoder.name, encoder.revision)
     missing = [utt.wav for utt in data.utterances.values() if not utt.wav.is_file()]
     if missing:
         raise DataError(missing[0], "no such audio file", f"mend {data.path}/wav.scp or rerun stage 1")
-    sizes = hash_texts(f"{utt.utt_id} {utt.wav.stat().st_size}" for utt in data.utterances.values())
     return {
+        **identity(encoder, found.fingerprint),
         "encoder": found.name,
-        "encoder_fingerprint": found.fingerprint,
-        "encoder_source": found.source,
-        "layer": encoder.layer,
-        "pad_to_30s": encoder.pad_to_30s,
-        "dtype": encoder.dtype,
         "stored": "float16",
-        "data": kaldi.data_hash(data),
-        "audio": sizes,
+        "data": kaldi.audio_hash(data),
         "utts_per_shard": UTTS_PER_SHARD,
     }
-
-
-def _finished(out: Path, record: dict[str, object]) -> bool:
-    """Return whether `out` is whole; a dump of something else is refused with the difference."""
-    if not (out / MARK).exists():
-        return False
-    content = read_json(out / MARK)
-    old = content["record"]
-    assert isinstance(old, dict)
-    for key, value in record.items():
-        if old.get(key) != value:
-            what = f"holds a dump with {key} = {old.get(key)}, now it is {value}"
-            raise DataError(out, what, "remove the folder or choose another")
-    return bool(content["complete"])
 
 
 def _dump(
@@ -122,10 +112,10 @@ def _dump(
     record: dict[str, object],
     workers: int,
 ) -> None:
-    write_json(out / MARK, {"record": record, "complete": False})
+    begin(out / MARK, record)
     utterances = list(data.utterances.values())
     count = max(1, math.ceil(len(utterances) / UTTS_PER_SHARD))
-    workers = max(1, min(workers, count))
+    workers = max(1, min(workers, count, _most_workers(device)))
     threads = max(1, (os.cpu_count() or 1) // workers)
     fingerprint = hash_texts([json.dumps(record, sort_keys=True)])
     shards = [Shard(n, tuple(utterances[n::count]), out, fingerprint, encoder, device, threads) for n in range(count)]
@@ -138,47 +128,53 @@ def _dump(
         workers,
     )
     total = sum(len(shard.utterances) for shard in waiting)
-    context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(workers) as pool,
+        worker_pool(workers) as pool,
         tqdm(total=total, desc=f"features {out.name}", unit="utt", disable=None) as progress,
     ):
-        for done in pool.imap_unordered(_write_shard, waiting):
-            progress.update(done)
+        for done in as_completed([pool.submit(_write_shard, shard) for shard in waiting]):
+            progress.update(done.result())
     _merge(data, out, shards)
-    write_json(out / "provenance.json", provenance({"encoder": hub.resolve(encoder.name).record()}))
-    write_json(out / MARK, {"record": record, "complete": True})
+    write_json(out / "provenance.json", provenance({"encoder": hub.resolve(encoder.name, encoder.revision).record()}))
+    finish(out / MARK)
+
+
+def _most_workers(device: str) -> int:
+    """Return one process a GPU, where there is one: each holds an encoder and a large batch."""
+    import torch
+
+    return torch.cuda.device_count() if pick_device(device).type == "cuda" else MAX_WORKERS
 
 
 def _shard_done(shard: Shard) -> bool:
-    if not (shard.mark.exists() and shard.ark.exists()):
+    if not (shard.mark.exists() and shard.ark.exists() and shard.ark.with_suffix(".scp").exists()):
         return False
-    mark = read_json(shard.mark)
-    return mark["fingerprint"] == shard.fingerprint and mark["sha256"] == archive.sha256(shard.ark)
+    try:
+        mark = read_json(shard.mark)
+    except ModelError:
+        return False
+    return mark.get("fingerprint") == shard.fingerprint and mark.get("sha256") == archive.sha256(shard.ark)
 
 
 def _write_shard(shard: Shard) -> int:
     """Encode one shard into a temporary archive, rename it, and write its mark last."""
     import torch
 
-    from speechllm.model.encoder import load_encoder
+    from speechllm.model.encoder import load_encoder, read_for
 
     torch.set_num_threads(shard.threads)
     device = pick_device(shard.device)
-    encoder = load_encoder(shard.encoder, hub.resolve(shard.encoder.name), device)
-    temporary = shard.out / f".tmp.{shard.number:04d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    encoder = load_encoder(shard.encoder, hub.resolve(shard.encoder.name, shard.encoder.revision), device)
+    for left_over in shard.out.glob(f".tmp.{shard.number:04d}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary = shard.out / f".tmp.{shard.number:04d}.{os.getpid()}"
     temporary.mkdir()
     partial = temporary / shard.ark.name
 
     def encoded() -> Iterator[tuple[str, NDArray[np.float16]]]:
         for batch in _batches(shard.utterances, BATCH_SECONDS[device.type]):
-            waves = [utt.read() for utt in batch]
-            try:
-                frames = encoder.encode(waves)
-            except DataError as error:
-                raise DataError(f"{batch[0].wav} to {batch[-1].wav}", error.what, error.fix) from error
-            for utt, wave, matrix in zip(batch, waves, frames, strict=True):
+            waves = [read_for(encoder, utt) for utt in batch]
+            for utt, wave, matrix in zip(batch, waves, encoder.encode(waves), strict=True):
                 assert len(matrix) == encoder.num_frames(len(wave)), utt.utt_id
                 yield utt.utt_id, _half(matrix.numpy(), utt.utt_id)
 
@@ -194,13 +190,13 @@ def _write_shard(shard: Shard) -> int:
 
 def _batches(utterances: Sequence[kaldi.Utterance], seconds: float) -> Iterator[list[kaldi.Utterance]]:
     """Yield utterances of like length together, up to so many seconds of sound."""
-    by_size = sorted(utterances, key=lambda utt: (utt.wav.stat().st_size, utt.utt_id))
     batch: list[kaldi.Utterance] = []
-    for utt in by_size:
-        length_s = utt.duration_s()
-        if batch and length_s * (len(batch) + 1) > seconds:
+    longest_s = 0.0
+    for utt in sorted(utterances, key=lambda utt: (utt.duration_s(), utt.utt_id)):
+        longest_s = max(longest_s, utt.duration_s())
+        if batch and longest_s * (len(batch) + 1) > seconds:
             yield batch
-            batch = []
+            batch, longest_s = [], utt.duration_s()
         batch.append(utt)
     if batch:
         yield batch
@@ -224,10 +220,16 @@ def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard]) -> None:
         assert isinstance(counts, dict)
         frames |= {key: str(value) for key, value in counts.items()}
     assert places.keys() == data.utterances.keys()
-    for name in COPIED_TABLES:
-        if (data.path / name).exists():
-            with atomic_path(out / name) as temporary:
-                shutil.copyfile(data.path / name, temporary)
+    _copy_tables(data, out)
     kaldi.write_table(out / "utt2dur", {key: f"{utt.duration_s():.4f}" for key, utt in data.utterances.items()})
     kaldi.write_table(out / "utt2num_frames", frames)
     kaldi.write_table(out / "feats.scp", places)
+
+
+def _copy_tables(data: kaldi.DataDir, out: Path) -> None:
+    """Copy the tables that features do not depend on; a mended transcript reaches a finished dump this way."""
+    for name in COPIED_TABLES:
+        source, target = data.path / name, out / name
+        if source.exists() and not (target.exists() and filecmp.cmp(source, target, shallow=False)):
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)

@@ -25,6 +25,10 @@ class UserError(Exception):
         self.fix = " ".join(fix.split())
         super().__init__(f"{self.where}: {self.what}; {self.fix}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """Return what rebuilds it in another process: worker processes raise these too."""
+        return type(self), (self.where, self.what, self.fix)
+
 
 class ConfigError(UserError):
     """A configuration file or an option is wrong."""

@@ -7,15 +7,18 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import platform
+import signal
 import sys
-from typing import TYPE_CHECKING
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from speechllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -56,6 +59,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the machine has units for bfloat16; elsewhere it is slower than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AVX512-BF16 or AMX; torch has no public question for the first
+    return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
+
+
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed that is a function of `parts` alone (SHA-256, not `hash`)."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
@@ -74,6 +87,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes; one that is killed breaks the pool with an error instead of a hang."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(initializer, arguments))
+
+
+def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """Leave Ctrl-C to the parent, then do what was asked for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup_logging()
+    if initializer is not None:
+        initializer(*arguments)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -53,7 +53,9 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
         f"({len(wave_s)},) at {audio.SAMPLE_RATE_HZ} Hz, peak {abs(wave_s).max():.3f}",
         "data.audio.read",
     )
-    encoder = load_encoder(config.encoder, hub.resolve(config.encoder.name), torch.device("cpu"))
+    encoder = load_encoder(
+        config.encoder, hub.resolve(config.encoder.name, config.encoder.revision), torch.device("cpu")
+    )
     frames_eh = encoder.encode([wave_s])[0].half().float()
     page.add("frames [e h]", _shape(frames_eh), "model.encoder.SpeechEncoder.encode")
     hyp = _trace_model(page, model, config, frames_eh, duration_s)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -31,20 +32,23 @@ from transformers import (
 )
 
 from speechllm.config.schema import Config, LoraConfig
+from speechllm.data import archive, audio, kaldi
 from speechllm.model.hub import Resolved, resolve
 from speechllm.model.lm import LanguageModel, add_lora, load_lm, lora_state
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from speechllm import dump
     from speechllm.config.schema import Projector
 
 CPU = torch.device("cpu")
+SAMPLE_RATE_HZ = audio.SAMPLE_RATE_HZ
 TEXTS = (
     "今日はいい天気です。",
     "明日は雨が降ります。",
@@ -268,3 +272,51 @@ def speech_llm(folder: Path, name: str, projector: Projector, width_h: int = WID
         if "lora_B" in key or key.startswith("residual"):
             torch.nn.init.normal_(value, std=0.3)
     return SpeechLlm(made, lm, PROMPT)
+
+
+def feature_folder(folder: Path, texts: Mapping[str, str], num_frames: Mapping[str, int]) -> Path:
+    """Write made-up features of `WIDTH_H` channels as stage 2 leaves them; a function of ids and lengths alone."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(11)
+    matrices = {key: rng.standard_normal((num_frames[key], WIDTH_H)).astype(np.float16) for key in texts}
+    archive.write_archive(folder / "feats.0000.ark", iter(matrices.items()))
+    places = (folder / "feats.0000.scp").read_text(encoding="utf-8").replace(f"{folder}/", "")
+    (folder / "feats.scp").write_text(places, encoding="utf-8")
+    kaldi.write_table(folder / "text", texts)
+    kaldi.write_table(folder / "utt2num_frames", {key: str(count) for key, count in num_frames.items()})
+    kaldi.write_table(folder / "utt2dur", {key: f"{count / 50:.2f}" for key, count in num_frames.items()})
+    return folder
+
+
+def data_folder(folder: Path, num_samples: Mapping[str, int]) -> Path:
+    """Write a data directory of noise, one utterance for each length; the texts are `TEXTS` in turn."""
+    sounds = folder / "wav"
+    sounds.mkdir(parents=True)
+    utterances = []
+    for seed, (key, count) in enumerate(num_samples.items()):
+        audio.write_wav(sounds / f"{key}.wav", wave(count, seed), SAMPLE_RATE_HZ)
+        utterances.append(kaldi.Utterance(key, sounds / f"{key}.wav", text=TEXTS[seed % len(TEXTS)], speaker="s"))
+    kaldi.write_dir(folder / "data", utterances)
+    return folder / "data"
+
+
+class HerePool(contextlib.AbstractContextManager["HerePool"]):
+    """Stands in for a pool of processes, each of which takes seconds to import torch."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self, workers: int) -> None:
+        self.sizes.append(workers)
+        self.threads = torch.get_num_threads()
+
+    def __exit__(self, *_error: object) -> None:
+        torch.set_num_threads(self.threads)  # a worker sets its own process's
+
+    def imap_unordered(self, write: Callable[[dump.Shard], int], shards: Sequence[dump.Shard]) -> Iterator[int]:
+        return map(write, reversed(shards))
+
+
+class HereContext:
+    """Stands in for a multiprocessing context."""
+
+    Pool = HerePool

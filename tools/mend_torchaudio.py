@@ -1,8 +1,8 @@
-"""Makes torchaudio importable beside a CPU build of torch.
+"""Makes torchaudio importable beside the torch that is there.
 
-Its wheel holds an extension that is linked against CUDA. Where that fails to load, transformers and peft fail too,
-since they test for the installed package. Without the extension torchaudio says that it is unavailable, and resampling,
-which is all we use, works.
+Its wheel holds an extension that is linked against one build of CUDA. Where that fails to load, transformers and peft
+fail too, since they test for the installed package. Without the extension torchaudio says that it is unavailable, and
+resampling, which is all we use, works.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ def imports() -> bool:
 
 
 def main() -> int:
-    """Remove the extension where it cannot be loaded and torch is a CPU build."""
+    """Remove the extension where it cannot be loaded."""
     if imports():
         return 0
-    import torch
-
     spec = importlib.util.find_spec("torchaudio")
-    if spec is None or spec.origin is None or torch.version.cuda is not None:
+    if spec is None or spec.origin is None:
         print(
-            "error: torchaudio: cannot be imported; install a release that fits torch",
+            "error: torchaudio: is not installed; run tools/setup.sh again",
             file=sys.stderr,
         )
         return 2
     for extension in (Path(spec.origin).parent / "lib").glob("_torchaudio*.so"):
-        print(f"setup: removing {extension.name} of torchaudio, which needs CUDA")
+        print(f"setup: removing {extension.name} of torchaudio, which does not load here")
         extension.unlink()
     if not imports():
         print(

@@ -44,7 +44,10 @@ say() { echo "setup: $*"; }
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" --quiet; }
 
 say "making .venv with $("$python" --version); a few minutes, once"
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+# a .venv without pip is left by a Python without ensurepip, or by a kill
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  "$python" -m venv --clear .venv || fail .venv "cannot be made" "install venv for $python (Debian: python3-venv)"
+fi
 pip install "setuptools>=77" wheel
 say "torch ($torch)"
 pip install "$torch"

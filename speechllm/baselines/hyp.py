@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from speechllm.data import kaldi
 from speechllm.data.archive import sha256
-from speechllm.errors import ConfigError
+from speechllm.errors import ConfigError, DataError
 from speechllm.runtime import provenance, write_json
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ def take_over(data_dir: Path, out: Path, hyp: Path | None) -> int:
 
     Raises:
         ConfigError: no file was given.
-        DataError: the file is malformed.
+        DataError: the file is malformed, or holds texts of other utterances.
     """
     if hyp is None:
         raise ConfigError("--hyp", "no hypothesis file was given", "add --hyp FILE")
-    kaldi.load(data_dir)
+    data = kaldi.load(data_dir, need_text=False)
     texts = kaldi.read_table(hyp)
+    for utt_id in kaldi.byte_order(texts.keys() ^ data.utterances.keys())[:1]:
+        raise DataError(hyp, f"{utt_id} is not in both this file and {data_dir}", "give the texts of this very set")
     write_json(out / "provenance.json", provenance({"hypotheses": hyp.name, "sha256": sha256(hyp)}))
     kaldi.write_table(out / "text", texts)
     return len(texts)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from speechllm.data import audio, kaldi
 from speechllm.errors import DataError
+from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.lengths import WHISPER_HOP, WHISPER_MAX_MEL_FRAMES
 from speechllm.model import hub
 from speechllm.runtime import pick_device, provenance, write_json
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DEFAULT_MODEL = "openai/whisper-base"
+RECORD = "decode.json"
+LONGEST_SAMPLES = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
 MAX_NEW_TOKENS = 224  # half of Whisper's context, the rest is its prompt's (Radford 2022, sec. 2.3)
 
 
@@ -28,31 +31,51 @@ MAX_NEW_TOKENS = 224  # half of Whisper's context, the rest is its prompt's (Rad
 def transcribe_dir(data_dir: Path, out: Path, model_name: str, batch_size: int) -> int:
     """Write Whisper's texts of a data directory to ``out/text``; return the number of utterances.
 
-    Utterances are padded to 30 s, as Whisper was trained; a longer one is an error of `kaldi.validate`'s kind.
+    Utterances are padded to 30 s, as Whisper was trained; a longer one is refused by name.
 
     Raises:
         UserError: data or model are at fault.
     """
     data = kaldi.load(data_dir, need_text=False)
-    if (out / "text").is_file() and kaldi.read_table(out / "text").keys() == data.utterances.keys():
-        return 0
     found = hub.resolve(model_name)
+    record = {"model": found.name, "fingerprint": found.fingerprint, "data": kaldi.audio_hash(data)}
+    if is_made(out / RECORD, record):
+        return 0
     transcriber = _Transcriber(found, pick_device("auto"))
+    with only_writer(out):
+        begin(out / RECORD, record, data_dir=str(data_dir))
+        texts, rtf = _transcribe(data, transcriber, model_name, batch_size)
+        write_json(out / "rtf.json", rtf)
+        write_json(out / "provenance.json", provenance({"model": found.record()}))
+        kaldi.write_table(out / "text", texts)
+        finish(out / RECORD)
+    return len(texts)
+
+
+def _transcribe(
+    data: kaldi.DataDir, transcriber: _Transcriber, model_name: str, batch_size: int
+) -> tuple[dict[str, str], dict[str, object]]:
+    """Return id -> text, and the times that it took."""
     ids = list(data.utterances)
     texts: dict[str, str] = {}
     audio_s, began = 0.0, time.perf_counter()
     with tqdm(total=len(ids), desc=model_name, unit="utt", disable=None) as bar:
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
-            waves = [data.utterances[utt_id].read() for utt_id in batch]
+            waves = [_read(data.utterances[utt_id]) for utt_id in batch]
             audio_s += sum(len(wave) for wave in waves) / audio.SAMPLE_RATE_HZ
             texts |= dict(zip(batch, transcriber(waves), strict=True))
             bar.update(len(batch))
     wall_s = time.perf_counter() - began
-    write_json(out / "rtf.json", {"audio_s": audio_s, "wall_s": wall_s, "rtf": wall_s / audio_s})
-    write_json(out / "provenance.json", provenance({"model": found.record()}))
-    kaldi.write_table(out / "text", texts)
-    return len(texts)
+    return texts, {"audio_s": audio_s, "wall_s": wall_s, "rtf": wall_s / audio_s, "encoder_included": True}
+
+
+def _read(utt: kaldi.Utterance) -> NDArray[np.float32]:
+    wave_s = utt.read()
+    if len(wave_s) > LONGEST_SAMPLES:
+        what = f"lasts {len(wave_s) / audio.SAMPLE_RATE_HZ:.1f} s, Whisper reads 30 s"
+        raise DataError(f"{utt.wav} (utterance {utt.utt_id})", what, "cut it with segments")
+    return wave_s
 
 
 class _Transcriber:
@@ -72,14 +95,6 @@ class _Transcriber:
         self.device, self.dtype = device, dtype
 
     def __call__(self, waves: list[NDArray[np.float32]]) -> list[str]:
-        limit = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
-        for wave in waves:
-            if len(wave) > limit:
-                raise DataError(
-                    "audio",
-                    f"lasts {len(wave) / 16_000:.1f} s, Whisper reads 30 s",
-                    "cut it with segments",
-                )
         features = self.features(waves, sampling_rate=16_000, return_tensors="pt").input_features
         ids = self.model.generate(
             features.to(self.device, self.dtype),

@@ -25,6 +25,8 @@ class EncoderConfig(Section):
 
     name: str
     """Folder or model-hub name of a Hugging Face speech encoder."""
+    revision: str | None = None
+    """Branch, tag or commit on the model hub; null takes its main branch."""
     layer: int | None = None
     """Hidden layer whose output is used, 1 for the first; the last one, with its final norm, when null."""
     pad_to_30s: bool = False
@@ -38,8 +40,10 @@ class LmConfig(Section):
 
     name: str
     """Folder or model-hub name of a Hugging Face causal language model."""
-    dtype: DtypeName = "bfloat16"
-    """Precision of the frozen weights while training."""
+    revision: str | None = None
+    """Branch, tag or commit on the model hub; null takes its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen weights in training; auto is bfloat16 where the machine computes in it, else float32."""
     cut_vocabulary: bool = False
     """Keep only the tokens that Japanese text and the training set use; other text falls back to bytes."""
 
@@ -88,7 +92,7 @@ class CtcProjector(Section):
     """Stride of the first convolution."""
     dropout: Fraction = 0.1
     """Dropout in the head, also while the language model learns to read its output."""
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 5
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 5
     """Passes over the training set that train the head alone, before the language model's turn."""
     peak_lr: PositiveFloat = 1e-3
     """Learning rate of these passes after the warm-up."""
@@ -136,7 +140,7 @@ class TrainConfig(Section):
     validate_every: PositiveInt = 100
     """Steps between two looks at the validation set."""
     valid_utts: PositiveInt = 64
-    """Utterances of the validation set that are decoded for the CER; the first by id."""
+    """Utterances of the validation set that are decoded for the CER, spread evenly over the ids."""
     save_every: PositiveInt = 50
     """Steps between two saved states."""
     max_dropped: Fraction = 0.01

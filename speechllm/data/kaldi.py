@@ -6,6 +6,7 @@ key ends at the first space or tab only; keys are unique, sorted by bytes, and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ MAX_FILE_BYTES = 1 << 30
 MAX_LINE_CHARS = 1 << 20
 MAX_ID_CHARS = 200
 MIN_DURATION_S = 0.1
+HASHED_EDGE_BYTES = 1 << 16  # of each audio file, at both ends
 BOM = "\ufeff"
 FIX_ENCODING = "save it as UTF-8 without byte order mark"
 
@@ -379,9 +381,15 @@ def write_table(path: Path, table: Mapping[str, str]) -> None:
     write_text(path, "".join(f"{key} {table[key]}".rstrip(" ") + "\n" for key in byte_order(table)))
 
 
-def data_hash(data: DataDir) -> str:
-    """Return 16 hexadecimal digits over ids, transcripts, file names and times."""
+def audio_hash(data: DataDir) -> str:
+    """Return 16 hexadecimal digits over ids, times, and the size and both ends of every audio file."""
+    files = {utt.wav: "" for utt in data.utterances.values()}
+    for wav in files:
+        with wav.open("rb") as stream:
+            edges = stream.read(HASHED_EDGE_BYTES)
+            stream.seek(max(0, wav.stat().st_size - HASHED_EDGE_BYTES))
+            edges += stream.read(HASHED_EDGE_BYTES)
+        files[wav] = f"{wav.stat().st_size} {hashlib.sha256(edges).hexdigest()}"
     return hash_texts(
-        json.dumps([utt.utt_id, utt.text, utt.wav.name, utt.start_s, utt.end_s], ensure_ascii=False)
-        for utt in data.utterances.values()
+        json.dumps([utt.utt_id, files[utt.wav], utt.start_s, utt.end_s]) for utt in data.utterances.values()
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from speechllm.decode.search import search
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def decode(
     for start in range(0, len(ids), config.batch_size):
         batch = ids[start : start + config.batch_size]
         frames_beh, frames_b = fetch(batch)
-        spliced = model.splice(frames_beh, frames_b, None, pad_left=True)
+        with torch.no_grad():
+            spliced = model.splice(frames_beh, frames_b, None, pad_left=True)
         limits = [max_tokens(config, durations_s[utt_id]) for utt_id in batch]
         found = search(model.lm, spliced, limits, config)
         yield {utt_id: [to_text(model, h) for h in nbest] for utt_id, nbest in zip(batch, found, strict=True)}

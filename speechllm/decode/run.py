@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -16,13 +16,15 @@ from speechllm.data import kaldi
 from speechllm.data.archive import sha256
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
-from speechllm.errors import DataError, ModelError
+from speechllm.errors import ModelError
+from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.model import hub
 from speechllm.model.assemble import TRAINED_FILE, load_model, read_model
-from speechllm.model.encoder import load_encoder
+from speechllm.model.encoder import load_encoder, read_for
+from speechllm.model.identity import check_dump
 from speechllm.model.speechllm import pad_frames
-from speechllm.runtime import pick_device, provenance, read_json, write_json, write_text
-from speechllm.text.normalize import normalize
+from speechllm.runtime import pick_device, provenance, write_json, write_text
+from speechllm.text.normalize import get_profile, normalize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +51,8 @@ class Source:
     durations_s: Mapping[str, float]
     fetch: Fetch
     identity: str
+    encodes: bool
+    """Whether the encoder's time is part of fetching."""
 
 
 def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str, object]) -> int:
@@ -62,26 +66,26 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
     """
     config, origin = read_model(model_dir)
     settings = DecodeConfig.model_validate({**config.decode.model_dump(), **changes})
+    get_profile(settings.normalize)  # an unknown one is refused now, not after hours
     source = _source(data_dir, config, origin)
-    record = {
-        "model": sha256(model_dir / TRAINED_FILE),
-        "data": source.identity,
-        "decode": settings.model_dump(mode="json"),
-    }
-    if _finished(out, record):
+    # the batch never changes a text, so a decode may go on with another
+    decided = {key: value for key, value in settings.model_dump(mode="json").items() if key != "batch_size"}
+    record = {"model": sha256(model_dir / TRAINED_FILE), "data": source.identity, "decode": decided}
+    if is_made(out / RECORD, record):
         log.info("decode done already out=%s", out)
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    mark = {"record": record, "data_dir": str(data_dir)}
-    write_json(out / RECORD, {**mark, "complete": False})
-    found = _read_partial(out / PARTIAL, source)
-    waiting = {key: value for key, value in source.durations_s.items() if key not in found}
-    began, cpu_began = time.perf_counter(), time.process_time()
-    found |= _decode_waiting(load_model(model_dir), source, waiting, settings, out / PARTIAL)
-    times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
-    _write(out, found, settings, sum(waiting.values()), times)
-    write_json(out / RECORD, {**mark, "complete": True})
-    (out / PARTIAL).unlink()
+    model = load_model(model_dir)
+    with only_writer(out):
+        begin(out / RECORD, record, data_dir=str(data_dir))
+        found = _read_partial(out / PARTIAL, source)
+        waiting = {key: value for key, value in source.durations_s.items() if key not in found}
+        began, cpu_began = time.perf_counter(), time.process_time()
+        found |= _decode_waiting(model, source, waiting, settings, out / PARTIAL)
+        times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
+        rtf = {**times, "audio_s": sum(waiting.values()), "encoder_included": source.encodes}
+        _write(out, found, settings, rtf)
+        finish(out / RECORD)
+        (out / PARTIAL).unlink()
     return len(waiting)
 
 
@@ -104,20 +108,6 @@ def _decode_waiting(
     return found
 
 
-def _finished(out: Path, record: Mapping[str, object]) -> bool:
-    """Return whether `out` holds this very result; other content is refused with the difference."""
-    if not (out / RECORD).is_file():
-        return False
-    content = read_json(out / RECORD)
-    old = content["record"]
-    assert isinstance(old, dict)
-    for key, value in record.items():
-        if old.get(key) != value:
-            what = f"holds texts of another {key} ({old.get(key)}, now {value})"
-            raise DataError(out, what, "remove the folder or choose another --out")
-    return bool(content["complete"])
-
-
 def _read_partial(path: Path, source: Source) -> dict[str, list[Text]]:
     """Return what a killed run had decoded; a last line that was cut short is dropped from the file."""
     found: dict[str, list[Text]] = {}
@@ -135,19 +125,14 @@ def _read_partial(path: Path, source: Source) -> dict[str, list[Text]]:
     return found
 
 
-def _write(
-    out: Path,
-    found: Mapping[str, list[Text]],
-    settings: DecodeConfig,
-    audio_s: float,
-    times: Mapping[str, float],
-) -> None:
+def _write(out: Path, found: Mapping[str, list[Text]], settings: DecodeConfig, rtf: Mapping[str, Any]) -> None:
     ordered = kaldi.byte_order(found)
     texts = {key: normalize(found[key][0].text, settings.normalize) for key in ordered}
     lines = [{"utt_id": key, "nbest": [asdict(text) for text in found[key]]} for key in ordered]
     write_text(out / "nbest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    rtf = {"audio_s": audio_s, **times, "rtf": times["wall_s"] / audio_s if audio_s else None}
-    write_json(out / "rtf.json", {**rtf, "cut": sum(not found[key][0].ended for key in ordered)})
+    factor = rtf["wall_s"] / rtf["audio_s"] if rtf["audio_s"] else None
+    cut = sum(not found[key][0].ended for key in ordered)
+    write_json(out / "rtf.json", {**rtf, "rtf": factor, "cut": cut})
     write_json(out / "provenance.json", provenance())
     kaldi.write_table(out / "text", texts)
 
@@ -160,23 +145,19 @@ def _source(data_dir: Path, config: Config, origin: Origin) -> Source:
 
 def _from_store(folder: Path, config: Config, origin: Origin) -> Source:
     features = FeatureSet(folder)
-    record = read_json(folder / "dump.json")["record"]
-    assert isinstance(record, dict)
-    if record["encoder_fingerprint"] != origin.encoder_fingerprint:
-        what = f"was dumped with another encoder ({record['encoder']}) than the model's"
-        raise DataError(folder, what, f"dump it with {config.encoder.name}")
+    record = check_dump(folder, config.encoder, origin.encoder_fingerprint)
     device = pick_device(config.device)
 
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         return pad_frames([torch.from_numpy(features.frames(utt_id)) for utt_id in utt_ids], device)
 
     durations = {key: example.duration_s for key, example in features.examples.items()}
-    return Source(durations, fetch, f"{record['data']} {record['audio']}")
+    return Source(durations, fetch, str(record["data"]), encodes=False)
 
 
 def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
     data = kaldi.load(folder, need_text=False)
-    found = hub.resolve(config.encoder.name)
+    found = hub.resolve(config.encoder.name, config.encoder.revision)
     if found.fingerprint != origin.encoder_fingerprint:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with"
         raise ModelError(found.folder, what, "use the encoder that it was trained with")
@@ -186,9 +167,9 @@ def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         if not loaded:
             loaded.append(load_encoder(config.encoder, found, device))
-        waves = [data.utterances[utt_id].read() for utt_id in utt_ids]
+        waves = [read_for(loaded[0], data.utterances[utt_id]) for utt_id in utt_ids]
         # the store rounds to float16, and so does this: the texts are the same either way
         return pad_frames([frames.half().float() for frames in loaded[0].encode(waves)], device)
 
     durations = {key: utt.duration_s() for key, utt in data.utterances.items()}
-    return Source(durations, fetch, kaldi.data_hash(data))
+    return Source(durations, fetch, kaldi.audio_hash(data), encodes=True)

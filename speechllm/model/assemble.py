@@ -41,7 +41,7 @@ class Origin:
 
 def origin_of(config: Config, width_h: int, encoder_fingerprint: str, texts: Sequence[str]) -> Origin:
     """Return the origin of a model to be trained on `texts`."""
-    found = hub.resolve(config.lm.name)
+    found = hub.resolve(config.lm.name, config.lm.revision)
     kept = tuple(lm.kept_ids_for(found, texts)) if config.lm.cut_vocabulary else None
     return Origin(width_h, encoder_fingerprint, found.fingerprint, kept)
 
@@ -52,7 +52,7 @@ def assemble(config: Config, origin: Origin, dtype: str) -> SpeechLlm:
     Raises:
         ModelError: the language model is not the one of `origin`.
     """
-    found = hub.resolve(config.lm.name)
+    found = hub.resolve(config.lm.name, config.lm.revision)
     if found.fingerprint != origin.lm_fingerprint:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
         raise ModelError(found.folder, what, "use the language model that it was trained with")
@@ -89,7 +89,9 @@ def read_model(folder: Path) -> tuple[Config, Origin]:
 
 
 def load_model(folder: Path, device: str | None = None) -> SpeechLlm:
-    """Return a trained model in the precision of decoding, the adapter merged.
+    """Return a trained model in the precision of decoding.
+
+    The adapter is merged into float32 weights; beside smaller ones it stays apart, for rounding would lose it.
 
     `device` stands in for the configured one.
 
@@ -103,7 +105,8 @@ def load_model(folder: Path, device: str | None = None) -> SpeechLlm:
     state = load_tensors(folder / TRAINED_FILE)
     check_keys(folder / TRAINED_FILE, state, model.trainable_state())
     model.load_trainable(state)
-    lm.merge_lora(model.lm)
+    if model.lm.model.dtype == torch.float32:
+        lm.merge_lora(model.lm)
     return model.eval()
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from speechllm import lengths
+from speechllm.data.audio import MAX_DURATION_S, SAMPLE_RATE_HZ
 from speechllm.errors import DataError, ModelError
 from speechllm.runtime import torch_dtype
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.config.schema import EncoderConfig
+    from speechllm.data.kaldi import Utterance
     from speechllm.model.hub import Resolved
 
     Waves = Sequence[NDArray[np.float32]]
@@ -39,6 +42,8 @@ class SpeechEncoder(Protocol):
     """Channels of a frame, h."""
     equal_lengths_only: bool
     """Whether utterances of other lengths in the batch would change the frames."""
+    longest_s: float
+    """Longest sound it reads."""
 
     def num_frames(self, num_samples: int) -> int:
         """Return encoder frames, e, of an utterance of `num_samples` at 16 kHz."""
@@ -84,14 +89,46 @@ def _check_whole(found: Resolved, missing: Sequence[str]) -> None:
         raise ModelError(found.folder, f"lacks the weight {min(missing)}", "download it again")
 
 
-def _checked(waves_s: Waves) -> None:
+def length_fault(num_samples: int, longest_s: float) -> str | None:
+    """Return what is wrong with the length of a sound at 16 kHz, or None."""
+    duration_s = num_samples / SAMPLE_RATE_HZ
+    if num_samples < MIN_SAMPLES:
+        return f"lasts {duration_s:.3f} s, too short for a frame"
+    if duration_s > longest_s:
+        return f"lasts {duration_s:.1f} s, the encoder reads {longest_s:g} s"
+    return None
+
+
+def _check_lengths(waves_s: Waves, longest_s: float) -> None:
     for wave in waves_s:
-        if len(wave) < MIN_SAMPLES:
-            raise DataError(
-                "audio",
-                f"{len(wave)} samples are too short for the encoder",
-                "take the utterance out",
-            )
+        if fault := length_fault(len(wave), longest_s):
+            raise DataError("a sound", fault, "cut it or take it out")
+
+
+def read_for(encoder: SpeechEncoder, utt: Utterance) -> NDArray[np.float32]:
+    """Return the samples [s] of an utterance, checked to be of a length that the encoder takes.
+
+    Raises:
+        DataError: the sound cannot be read, or is too short or too long; the utterance is named.
+    """
+    wave_s = utt.read()
+    if fault := length_fault(len(wave_s), encoder.longest_s):
+        raise DataError(f"{utt.wav} (utterance {utt.utt_id})", fault, "cut it with segments or take it out")
+    return wave_s
+
+
+def _pretrained(kind: Any, found: Resolved) -> tuple[Any, Sequence[str]]:
+    """Return a model of a Hugging Face class and the names of weights that the folder lacks.
+
+    Raises:
+        ModelError: the folder cannot be read as such a model.
+    """
+    try:
+        model, report = kind.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(found.folder, f"cannot be read as a speech encoder ({reason})", "download it again") from error
+    return model, report["missing_keys"]
 
 
 def padding_mask(lengths_b: Sequence[int], device: torch.device) -> Tensor:
@@ -104,13 +141,14 @@ class WhisperFrames:
     """Whisper's encoder, on the true length or padded to 30 s as it was trained (Radford 2022, sec. 2.2)."""
 
     equal_lengths_only = False
+    longest_s = lengths.WHISPER_MAX_MEL_FRAMES * lengths.WHISPER_HOP / SAMPLE_RATE_HZ
 
     def __init__(self, config: EncoderConfig, found: Resolved, device: torch.device) -> None:
         """Load the encoder half of the checkpoint."""
         from transformers import WhisperFeatureExtractor, WhisperModel
 
-        model, report = WhisperModel.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
-        _check_whole(found, [key for key in report["missing_keys"] if key.startswith("encoder.")])
+        model, missing = _pretrained(WhisperModel, found)
+        _check_whole(found, [key for key in missing if key.startswith("encoder.")])
         self.encoder = model.get_encoder()
         self.layer = _check_layer(config, len(self.encoder.layers))
         self.features = WhisperFeatureExtractor.from_pretrained(found.folder)
@@ -125,13 +163,6 @@ class WhisperFrames:
 
     def _mel(self, wave_s: NDArray[np.float32]) -> Tensor:
         """Return log-mel features [m f] of one wave, its own maximum as reference."""
-        limit = lengths.WHISPER_MAX_MEL_FRAMES * lengths.WHISPER_HOP
-        if len(wave_s) > limit:
-            raise DataError(
-                "audio",
-                f"lasts {len(wave_s) / 16_000:.1f} s, Whisper reads 30 s",
-                "cut it with segments",
-            )
         made = self.features(
             wave_s,
             sampling_rate=16_000,
@@ -143,7 +174,7 @@ class WhisperFrames:
     @torch.inference_mode()
     def encode(self, waves_s: Waves) -> list[Tensor]:
         """Return frames [e h] of each wave."""
-        _checked(waves_s)
+        _check_lengths(waves_s, self.longest_s)
         mels_mf = [self._mel(wave) for wave in waves_s]
         frames_b = [lengths.whisper_encoder_frames(mel.shape[1]) for mel in mels_mf]
         mel_bfm = nn.utils.rnn.pad_sequence([mel.T for mel in mels_mf], batch_first=True)
@@ -174,12 +205,14 @@ class WhisperFrames:
 class Wav2Vec2Frames:
     """WavLM, HuBERT, wav2vec 2.0 and their kin: convolutions over samples, then a Transformer."""
 
+    longest_s = MAX_DURATION_S
+
     def __init__(self, config: EncoderConfig, found: Resolved, device: torch.device) -> None:
         """Load the checkpoint without any head."""
         from transformers import AutoModel
 
-        model, report = AutoModel.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
-        _check_whole(found, [key for key in report["missing_keys"] if "masked_spec_embed" not in key])
+        model, missing = _pretrained(AutoModel, found)
+        _check_whole(found, [key for key in missing if "masked_spec_embed" not in key])
         self.model = model
         self.config = model.config
         self.layer = _check_layer(config, self.config.num_hidden_layers)
@@ -199,7 +232,7 @@ class Wav2Vec2Frames:
     @torch.inference_mode()
     def encode(self, waves_s: Waves) -> list[Tensor]:
         """Return frames [e h] of each wave; one by one where the batch would change them."""
-        _checked(waves_s)
+        _check_lengths(waves_s, self.longest_s)
         if self.equal_lengths_only and len({len(wave) for wave in waves_s}) > 1:
             return [self.encode([wave])[0] for wave in waves_s]
         tensors = [self._normalized(torch.from_numpy(wave)) for wave in waves_s]

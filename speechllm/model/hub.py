@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from speechllm.errors import ModelError
 from speechllm.model import packaged
+from speechllm.runtime import read_json
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SPEECHLLM_CACHE") or Path.home() / ".cache" / "speechllm")
 
 
-def resolve(name: str) -> Resolved:
-    """Return the folder that holds model `name`.
+def resolve(name: str, revision: str | None = None) -> Resolved:
+    """Return the folder that holds model `name`, at `revision` where it comes from the hub.
 
     Raises:
         ModelError: no folder, cached hub model, package or reachable hub model has that name.
     """
-    folder, source = _find(name)
+    folder, source = _find(name, revision)
     if not (folder / "config.json").is_file():
         raise ModelError(folder, "is no model folder: it has no config.json", "name another model")
     licence = packaged.LICENCES.get(name, "see the model's own card")
@@ -66,19 +67,19 @@ def _announce(name: str, source: str, licence: str) -> None:
     log.info("model name=%s source=%s licence=%s", name, source, licence)
 
 
-def _find(name: str) -> tuple[Path, str]:
+def _find(name: str, revision: str | None) -> tuple[Path, str]:
     local = [Path(name)]
     if os.environ.get("SPEECHLLM_MODELS"):
         local.append(Path(os.environ["SPEECHLLM_MODELS"]) / name)
     for folder in local:
         if folder.is_dir():
             return folder, "local folder"
-    cached = _from_hub(name, local_only=True)
-    if cached is not None:
+    cached = _from_hub(name, revision, local_only=True)
+    if cached is not None and _is_whole(cached):
         return cached, "model hub (cached)"
-    if name in packaged.PACKAGED and packaged.is_installed(name):
+    if revision is None and name in packaged.PACKAGED and packaged.is_installed(name):
         return _convert(name), packaged.PACKAGED[name].source
-    downloaded = None if os.environ.get("HF_HUB_OFFLINE") == "1" else _from_hub(name, local_only=False)
+    downloaded = None if os.environ.get("HF_HUB_OFFLINE") == "1" else _from_hub(name, revision, local_only=False)
     if downloaded is None:
         fix = "give a folder, set SPEECHLLM_MODELS, or check the name and the network"
         if name in packaged.PACKAGED:
@@ -87,18 +88,40 @@ def _find(name: str) -> tuple[Path, str]:
     return downloaded, "model hub"
 
 
-def _from_hub(name: str, *, local_only: bool) -> Path | None:
-    """Return the snapshot folder, or None where the hub has no such model or is out of reach."""
+def _is_whole(folder: Path) -> bool:
+    """Return whether a cached snapshot has weights: transformers caches a tokenizer alone, too."""
+    return (folder / "config.json").is_file() and any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+
+
+def _from_hub(name: str, revision: str | None, *, local_only: bool) -> Path | None:
+    """Return the snapshot folder, or None where the hub has no such model or is out of reach.
+
+    Raises:
+        ModelError: the model is there, but its terms must be accepted first.
+    """
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
     # the transport library differs between releases of huggingface_hub; its errors module knows which
-    transport = tuple(kind for name, kind in vars(hub_errors).items() if name == "HTTPError")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    transport = tuple(kind for kind_name, kind in vars(hub_errors).items() if kind_name == "HTTPError")
+    folder = None
     try:
-        return Path(snapshot_download(name, local_files_only=local_only, allow_patterns=patterns, etag_timeout=5))
+        # pickled weights only where there are no others; transformers reads them as tensors alone
+        for pattern in ("*.safetensors", "*.bin"):
+            patterns = ["*.json", "*.model", "*.txt", pattern]
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, local_files_only=local_only, allow_patterns=patterns, etag_timeout=5
+                )
+            )
+            if _is_whole(folder):
+                break
+    except hub_errors.GatedRepoError as error:
+        fix = "accept its terms on the model hub and set HF_TOKEN"
+        raise ModelError(name, "its owner asks for its terms to be accepted", fix) from error
     except (hub_errors.HFValidationError, *transport, OSError, ValueError):
         return None
+    return folder
 
 
 def _convert(name: str) -> Path:
@@ -127,7 +150,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _canonical_config(folder: Path) -> bytes:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for volatile in ("transformers_version", "_name_or_path"):
         config.pop(volatile, None)
     return json.dumps(config, sort_keys=True).encode()

@@ -83,6 +83,12 @@ class SpeechLlm(nn.Module):
         labels = [IGNORED] * silent + list(parts.answer) + [IGNORED]
         return joined, labels
 
+    def expected_positions(self, num_frames: int, answer: str) -> int:
+        """Return about how many positions of the language model an utterance takes."""
+        parts = prompts.build(self.lm.tokenizer, self.prompt, answer)
+        around = len(parts.before) + len(parts.after) + len(parts.answer)
+        return around + self.projector.expected_tokens(num_frames)
+
     def loss(self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str]) -> tuple[Tensor, int]:
         """Return the summed negative log likelihood of the answers, in nats, and their number of tokens.
 

@@ -80,12 +80,18 @@ def _states(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """Return the newest state that is whole; a bad one is named in the log and stepped over."""
+    """Return the newest state that is whole, None where none was saved; a bad one is named in the log and stepped over.
+
+    Raises:
+        ModelError: states were saved, and all of them are bad: starting over in silence would lose them.
+    """
     for path in _states(folder):
         try:
             return _load(path)
         except ModelError as error:
             log.warning("checkpoint skipped reason=%r", str(error))
+    if _states(folder):
+        raise ModelError(folder, "holds saved states, none of them whole", "remove the folder to start over")
     return None
 
 

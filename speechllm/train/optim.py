@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from speechllm.errors import ModelError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -85,9 +87,15 @@ class Optimizer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the moments from `state`."""
-        for name, parameter in self.named.items():
-            if f"{name}.{SLOTS[0]}" in tensors:
-                self.adam.state[parameter] = {
-                    slot: tensors[f"{name}.{slot}"].to(parameter.device if slot != "step" else "cpu") for slot in SLOTS
-                }
+        """Fill the moments from `state`; they must be those of all parameters, or none before the first step.
+
+        Raises:
+            ModelError: some are missing, or belong to other parameters.
+        """
+        wanted = {f"{name}.{slot}" for name in self.named for slot in SLOTS}
+        if tensors and (differing := wanted ^ tensors.keys()):
+            raise ModelError("optimizer state", f"does not fit at {min(differing)}", "remove the saved states")
+        for name, parameter in self.named.items() if tensors else ():
+            self.adam.state[parameter] = {
+                slot: tensors[f"{name}.{slot}"].to(parameter.device if slot != "step" else "cpu") for slot in SLOTS
+            }

@@ -6,13 +6,13 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from filelock import FileLock, Timeout
 
 from speechllm.config import load as configs
 from speechllm.config.schema import CtcProjector
 from speechllm.data.batch import padding_waste
 from speechllm.data.dataset import FeatureSet
 from speechllm.errors import ConfigError, DataError
+from speechllm.folders import only_writer
 from speechllm.model import hub
 from speechllm.model.assemble import (
     CONFIG_FILE,
@@ -21,10 +21,20 @@ from speechllm.model.assemble import (
     origin_of,
     save_model,
 )
+from speechllm.model.identity import check_dump
 from speechllm.model.lm import context_length
 from speechllm.model.projector import CtcBridge
 from speechllm.model.state import load_tensors
-from speechllm.runtime import derive_seed, hash_texts, provenance, read_json, write_json, write_text
+from speechllm.runtime import (
+    computes_bfloat16,
+    derive_seed,
+    hash_texts,
+    pick_device,
+    provenance,
+    read_json,
+    write_json,
+    write_text,
+)
 from speechllm.train.checkpoint import BEST
 from speechllm.train.tasks import CtcTask, Features, SpeechTask
 from speechllm.train.trainer import Loop, LoopOptions, Progress
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from speechllm.config.schema import Config
+    from speechllm.model.assemble import Origin
     from speechllm.model.speechllm import SpeechLlm
     from speechllm.train.tasks import Measure
 
@@ -54,30 +65,25 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    exp.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(exp / ".lock", timeout=0):
-            _train(config, FeatureSet(train_dir), FeatureSet(valid_dir), exp, decode, measure)
-    except Timeout as error:
-        raise DataError(exp, "another process is training here", "wait for it to end") from error
+    train_set, valid_set = FeatureSet(train_dir), FeatureSet(valid_dir)
+    with only_writer(exp):
+        encoder = _claim(config, train_set, valid_set, exp)
+        if (exp / "model" / MODEL_FILE).is_file():
+            configs.dump(config, exp / "model" / CONFIG_FILE)  # how to decode may have changed since
+            log.info("train done already exp=%s", exp)
+            return
+        width_h = train_set.frames(next(iter(train_set.examples))).shape[1]
+        texts = [example.text for example in train_set.examples.values()]
+        origin = origin_of(config, width_h, encoder, texts)
+        _train(config, origin, (train_set, valid_set), exp, (decode, measure))
 
 
 def _train(
-    config: Config,
-    train_set: FeatureSet,
-    valid_set: FeatureSet,
-    exp: Path,
-    decode: Decode,
-    measure: Measure,
+    config: Config, origin: Origin, sets: tuple[FeatureSet, FeatureSet], exp: Path, tools: tuple[Decode, Measure]
 ) -> None:
-    encoder = _claim(config, train_set, valid_set, exp)
-    if (exp / "model" / MODEL_FILE).is_file():
-        log.info("train done already exp=%s", exp)
-        return
-    width_h = train_set.frames(next(iter(train_set.examples))).shape[1]
-    texts = [example.text for example in train_set.examples.values()]
-    origin = origin_of(config, width_h, encoder, texts)
-    model = assemble(config, origin, config.lm.dtype)
+    train_set, valid_set = sets
+    decode, measure = tools
+    model = assemble(config, origin, _training_dtype(config))
     features = Features(config, train_set, valid_set, model.lm.model.device)
     _drop_long(config, train_set, model, exp)
     if isinstance(model.projector, CtcBridge):
@@ -90,6 +96,12 @@ def _train(
     save_model(exp / "model", model, config, origin)
     _write_provenance(model, exp, progress)
     loop.clean()
+
+
+def _training_dtype(config: Config) -> str:
+    if config.lm.dtype != "auto":
+        return config.lm.dtype
+    return "bfloat16" if computes_bfloat16(pick_device(config.device)) else "float32"
 
 
 def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
@@ -106,21 +118,24 @@ def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
 
 def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Path) -> str:
     """Return the encoder's fingerprint; a folder of another configuration or of other data is refused."""
-    dumped = read_json(train_set.folder / "dump.json")["record"]
-    assert isinstance(dumped, dict)
+    dumped = check_dump(train_set.folder, config.encoder)
+    encoder = str(dumped["encoder_fingerprint"])
+    valid_dumped = check_dump(valid_set.folder, config.encoder, encoder)
     record = {
-        "train": hash_texts([str(dumped["data"]), str(dumped["audio"])]),
-        "valid": hash_texts(f"{e.utt_id} {e.text} {e.num_frames}" for e in valid_set.examples.values()),
-        "encoder": dumped["encoder_fingerprint"],
-        "lm": hub.resolve(config.lm.name).fingerprint,
+        "training data": _data_hash(train_set, dumped),
+        "validation data": _data_hash(valid_set, valid_dumped),
+        "encoder": encoder,
+        "language model": hub.resolve(config.lm.name, config.lm.revision).fingerprint,
+        "precision": _training_dtype(config),
     }
-    if dumped["encoder"] != config.encoder.name:
-        what = f"was dumped with {dumped['encoder']}, the configuration says {config.encoder.name}"
-        raise ConfigError(train_set.folder, what, "run stage 2 with this configuration")
     _refuse_other_run(config, record, exp)
     configs.dump(config, exp / CONFIG_FILE)
     write_json(exp / RECORD, record)
-    return str(dumped["encoder_fingerprint"])
+    return encoder
+
+
+def _data_hash(features: FeatureSet, dumped: Mapping[str, object]) -> str:
+    return hash_texts([str(dumped["data"]), *(f"{e.utt_id} {e.text}" for e in features.examples.values())])
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:
@@ -139,13 +154,11 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
 
 def _drop_long(config: Config, train_set: FeatureSet, model: SpeechLlm, exp: Path) -> None:
     """Take out training utterances that do not fit the context, list them, and refuse too many."""
-    from speechllm.text.prompt import encode
-
     limit = context_length(model.lm)
     dropped = []
     for example in list(train_set.examples.values()):
-        tokens = len(encode(model.lm.tokenizer, example.text)) + model.projector.expected_tokens(example.num_frames)
-        if tokens + 64 > limit or not example.text:
+        tokens = model.expected_positions(example.num_frames, example.text)
+        if tokens > limit or not example.text:
             reason = f"{tokens} tokens, the context holds {limit}" if example.text else "empty transcript"
             dropped.append(f"{example.utt_id}\t{reason}\n")
             del train_set.examples[example.utt_id]

@@ -12,7 +12,6 @@ from speechllm.data.dataset import FeatureSet, augment
 from speechllm.model.ctc import best_kana, ctc_loss, targets_of
 from speechllm.model.projector import CtcBridge
 from speechllm.model.speechllm import pad_frames
-from speechllm.text.prompt import encode
 from speechllm.text.reading import katakana_reading
 from speechllm.train.optim import Group
 
@@ -128,10 +127,8 @@ class SpeechTask:
         self.features, self.model, self.decode = features, model, decode
         if isinstance(model.projector, CtcBridge):
             model.projector.head.requires_grad_(requires_grad=False)
-        tokenizer = model.lm.tokenizer
-        prompt = len(encode(tokenizer, model.prompt)) + 3
         self.sizes = {
-            key: prompt + model.projector.expected_tokens(example.num_frames) + len(encode(tokenizer, example.text)) + 1
+            key: model.expected_positions(example.num_frames, example.text)
             for key, example in features.train.examples.items()
         }
 
@@ -156,14 +153,15 @@ class SpeechTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return loss a token over the whole validation set and the CER of its first utterances."""
+        """Return loss a token over the whole validation set and the CER of some of its utterances."""
         self.model.eval()
         examples = self.features.valid.examples
         total, count = 0.0, 0
         for utt_ids in self.features.validation_batches(16):
             loss, tokens = self.model.loss(*self.features.validation(utt_ids), [examples[key].text for key in utt_ids])
             total, count = total + float(loss), count + tokens
-        chosen = list(examples)[:: max(1, len(examples) // self.config.train.valid_utts)]
+        wanted = self.config.train.valid_utts
+        chosen = list(examples)[:: max(1, len(examples) // wanted)][:wanted]
         texts = self.decode(chosen)
         cer = self.measure({key: examples[key].text for key in chosen}, texts)
         return {"loss": total / count, "cer": cer, "score": cer}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from speechllm.errors import ModelError, Stopped
 from speechllm.model.state import check_keys, load_tensors, save_tensors
-from speechllm.runtime import derive_seed
+from speechllm.runtime import derive_seed, write_text
 from speechllm.train import checkpoint as ckpt
 from speechllm.train.optim import Group, Optimizer, schedule
 
@@ -86,7 +86,6 @@ class Progress:
     best: float = math.inf
     best_step: int = 0
     seconds: float = 0.0
-    audio_tokens: int = 0
     bad_steps: int = field(default=0)
 
 
@@ -128,9 +127,15 @@ class Loop:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        previous = {
+            number: signal.signal(number, self._request_stop)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         try:
-            with SummaryWriter(str(self.folder / "tensorboard")) as writer, self._bar() as bar:
+            with (
+                SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.progress.step + 1) as writer,
+                self._bar() as bar,
+            ):
                 for epoch, utt_ids in self._remaining():
                     self._one_step(epoch, utt_ids, writer, bar)
         finally:
@@ -230,7 +235,9 @@ class Loop:
         log.debug("validation took %.1f s", time.monotonic() - began)
 
     def _record(self, kind: str, values: Mapping[str, float], writer: object) -> None:
-        line = json.dumps({"kind": kind, "task": self.task.name, "step": self.progress.step, **values})
+        # JSON has no NaN: the loss of a skipped step is null
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line = json.dumps({"kind": kind, "task": self.task.name, "step": self.progress.step, **plain})
         with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         for key, value in values.items():
@@ -250,4 +257,4 @@ def _truncate_metrics(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))

@@ -11,6 +11,7 @@ import torch
 from speechllm.config.schema import ConvMlpProjector, CtcProjector, LinearProjector, Projector
 from speechllm.model.ctc import KANA
 from speechllm.model.lm import load_lm
+from speechllm.model.projector import ConvMlp
 from speechllm.model.speechllm import IGNORED, SpeechLlm, kana_embeddings, pad_frames
 from speechllm.text import prompt as prompts
 from speechllm.text.prompt import encode
@@ -190,11 +191,12 @@ def test_a_kana_of_one_token_has_its_vector_and_one_of_several_their_mean(folder
 def test_a_bfloat16_model_takes_float32_frames(folders: dict[str, Path]) -> None:
     model = tiny.speech_llm(folders["llama"], "llama", CONFIGS["conv_mlp"])
     half = load_lm(tiny.found(folders["llama"]), "bfloat16", tiny.CPU, None)
+    assert isinstance(model.projector, ConvMlp)
     narrow = SpeechLlm(model.projector, half, tiny.PROMPT)
     loss, _ = narrow.loss(*frames(), TARGETS)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.dtype == torch.float32
-    assert narrow.projector.out.weight.grad is not None
+    assert model.projector.out.weight.grad is not None
     assert narrow.splice(*frames(), None).embeds_bld.dtype == torch.bfloat16
 
 

@@ -138,7 +138,7 @@ def test_a_cut_head_shares_its_rows_with_the_embedding_where_it_did_before(folde
 
 
 @pytest.mark.parametrize(
-    "model", [models.BPE({"a": 0}, []), models.WordLevel({"a": 0}, unk_token="a")], ids=["no-fallback", "words"]
+    "model", [models.BPE({"a": 0}, []), models.WordLevel({"a": 0}, "a")], ids=["no-fallback", "words"]
 )
 def test_a_tokenizer_that_could_lose_text_is_refused(model: models.Model) -> None:
     with pytest.raises(ModelError, match="has no byte-pair tokenizer with byte fallback"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine(step: int, factor: float)
 
 def test_the_rate_never_jumps_and_is_never_zero() -> None:
     factors = [schedule(step, total=200, warmup=0.05) for step in range(200)]
-    steps = [after - before for before, after in zip(factors, factors[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(factors)]
     assert min(factors) >= FINAL_LR
     assert max(factors) == 1.0
     assert max(abs(step) for step in steps) <= 0.1 + 1e-9

@@ -15,7 +15,8 @@ Usage: ./run.sh [OPTIONS]
   --stage N          first stage (default: 1)
   --stop-stage N     last stage (default: ${#stage_names[@]}); --stop_stage too
   --nj N             processes for data and features (default: number of cores)
-  --ngpu N           0 for the CPU even where there is a GPU (default: what is there)
+  --ngpu N           0 for the CPU even where there is a GPU, 1 for one GPU (default: what is there)
+  --beam N           hypotheses kept while decoding (default: as configured)
   --launcher NAME    local
   --exp NAME         name of the experiment (default: the configuration's)
   --sets A,B,C       your own data/A to train on, data/B to validate and data/C to test on (with --stage 2)
@@ -39,7 +40,7 @@ number() {
   printf -v "$3" '%d' "$((10#$2))"
 }
 
-confs='' default_conf='' conf='' exp='' own_sets='' launcher=local ngpu=1
+confs='' default_conf='' conf='' exp='' own_sets='' beam='' launcher=local ngpu=1
 stage=1 stop_stage=${#stage_names[@]} nj=$(nproc) asked=run
 while (($#)); do
   case $1 in
@@ -59,6 +60,7 @@ while (($#)); do
     --launcher) launcher=$2 ;;
     --exp) exp=$2 ;;
     --sets) own_sets=$2 ;;
+    --beam) number "$1" "$2" beam ;;
     *) fail "unknown option $1" "see --help" ;;
   esac
   shift 2
@@ -69,6 +71,8 @@ exp=${exp:-$conf}
 [[ " $confs " == *" $conf "* ]] || fail "no configuration $conf" "choose one of: $confs"
 [[ $exp =~ ^[A-Za-z0-9_-][A-Za-z0-9._-]*$ ]] || fail "--exp '$exp' is no plain name" "use letters, digits, '.', '_', '-'"
 [[ $launcher == local ]] || fail "no launcher $launcher" "use local"
+((ngpu <= 1)) || fail "--ngpu $ngpu: one process uses one GPU" "use 0 or 1"
+[[ -z $beam ]] || ((beam > 0)) || fail "--beam must be at least 1" "see --help"
 ((nj > 0)) || fail "--nj must be at least 1" "see --help"
 ((1 <= stage && stop_stage <= ${#stage_names[@]})) || fail "stages go from 1 to ${#stage_names[@]}" "see --list"
 ((stage <= stop_stage)) || fail "--stage $stage comes after --stop-stage $stop_stage" "see --list"
@@ -86,49 +90,71 @@ if [[ -n $own_sets ]]; then
   [[ $exp != "$conf" ]] || fail "--sets needs a name for the experiment" "add --exp NAME"
   ((stage > 1)) || fail "stage 1 makes the data of $conf, not yours" "add --stage 2"
   IFS=, read -r train_set valid_set eval_set <<<"$own_sets"
-  table=''
 fi
 dump=dump/$encoder_tag
-decoded=decode_greedy/$eval_set
+decode_options=()
+tag=greedy
+if [[ -n $beam ]]; then decode_options=(--beam "$beam") tag=beam$beam; fi
+if [[ ! -f tables/$table.yaml || $exp != "$conf" || -n $beam ]]; then table=''; fi
+decoded=decode_$tag/$eval_set baseline=decode_greedy/$eval_set
 mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
 
+# each command runs in the background, so that a signal reaches it at once and not when it is over
+child=''
+stop() {
+  if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null && wait "$child" || true; fi
+  echo "stopped: run the same command again to go on" >&2
+  exit 75
+}
+trap stop INT TERM
+go() {
+  local status=0
+  "$@" &
+  child=$!
+  wait "$child" || status=$?
+  child=''
+  return "$status"
+}
+
 stage_data() {
-  python local/data.py --corpus "$corpus" --out data --nj "$nj"
-  for set in "${sets[@]}"; do speechllm validate "data/$set"; done
+  go python local/data.py --corpus "$corpus" --out data --nj "$nj"
+  for set in "${sets[@]}"; do go speechllm validate "data/$set"; done
 }
 
 stage_dump() {
   for set in "${sets[@]}"; do
-    speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
+    go speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
   done
 }
 
 stage_train() {
-  speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp"
+  go speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp"
 }
 
 stage_decode() {
-  speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded"
+  go speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded" "${decode_options[@]}"
   for model in "${baselines[@]}"; do
-    speechllm baseline whisper --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$decoded"
+    go speechllm baseline whisper --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$baseline"
   done
 }
 
-stage_score() {
-  local options=()
+score() {
+  local options=(--audio "data/$eval_set/wav.scp")
   if [[ -f data/$eval_set/utt2group ]]; then options+=(--groups "data/$eval_set/utt2group"); fi
-  for folder in "exp/$exp" "${baselines[@]/#*\//exp/}"; do
-    echo "$folder:"
-    speechllm score --ref "data/$eval_set/text" --hyp "$folder/$decoded/text" --out "$folder/$decoded" \
-      --audio "data/$eval_set/wav.scp" "${options[@]}"
-  done
-  if [[ -n $table ]]; then speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"; fi
+  echo "$1:"
+  go speechllm score --ref "data/$eval_set/text" --hyp "$1/text" --out "$1" "${options[@]}"
+}
+
+stage_score() {
+  score "exp/$exp/$decoded"
+  for model in "${baselines[@]}"; do score "exp/${model##*/}/$baseline"; done
+  if [[ -n $table ]]; then go speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"; fi
   cat <<NEXT
-Where to look next:
-  exp/$exp/RESULTS.md                      the table above
+
+Where to look next, in $PWD:
   exp/$exp/$decoded/report.html   every utterance, aligned (open it in a browser)
-  exp/$exp/metrics.jsonl, tensorboard      loss and dev CER as they went
-  speechllm trace UTT_ID --exp exp/$exp    one utterance's way through everything (ids: data/$eval_set/text)
+  exp/$exp/metrics.jsonl, tensorboard   loss and dev CER as they went
+  $top/.venv/bin/speechllm trace UTT_ID --exp exp/$exp   one utterance's way through everything (ids: data/$eval_set/text)
 NEXT
 }
 

@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import debug_models
 import jsut
 import mini
 
@@ -35,6 +34,8 @@ def prepare(corpus: str, out: Path, workers: int) -> None:
         raise ConfigError(corpus, "no such corpus", f"choose one of jsut, {', '.join(mini.CORPORA)}")
     mini.prepare(mini.CORPORA[corpus](), out, workers)
     if corpus == "debug":
+        import debug_models
+
         debug_models.make(DEBUG_MODELS, list(read_table(out / "debug_train" / "text").values()))
 
 

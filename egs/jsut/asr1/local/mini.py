@@ -12,7 +12,8 @@ import synth
 from tqdm import tqdm
 
 from speechllm.data.kaldi import Utterance, write_dir
-from speechllm.runtime import derive_seed
+from speechllm.folders import only_writer
+from speechllm.runtime import derive_seed, hash_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +45,15 @@ class Part:
     count: int
     voices: tuple[synth.Voice, ...]
     group: str = HEARD
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One utterance to be: its id, its sentence and voice, its group."""
+
+    utt_id: str
+    job: synth.Job
+    group: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +93,7 @@ def mini_open() -> Corpus:
 def debug() -> Corpus:
     """Return a handful of sentences for the tests."""
     voices = open_jtalk_voices()[:2]
-    return Corpus(
-        "debug",
-        {"train": (Part(8, voices),), "dev": (Part(4, voices),), "eval": (Part(4, voices),)},
-    )
+    return Corpus("debug", {"train": (Part(8, voices),)})
 
 
 def texts_of(corpus: Corpus) -> dict[str, list[str]]:
@@ -120,28 +127,33 @@ def prepare(corpus: Corpus, out: Path, workers: int) -> None:
     """Write ``out/<corpus>_<set>``, synthesising what is not there yet."""
     texts = texts_of(corpus)
     plans = {name: _plan(f"{corpus.name}_{name}", parts, texts[name], out) for name, parts in corpus.parts.items()}
-    jobs = [job for plan in plans.values() for job, _, _ in plan]
+    jobs = [planned.job for plan in plans.values() for planned in plan]
     there = sum(job.path.exists() for job in jobs)
-    done = synth.synthesize(jobs, workers)
-    for _ in tqdm(done, total=len(jobs), initial=there, desc="speech", unit="utt", disable=None):
-        pass
+    with only_writer(out / "wav"):
+        done = synth.synthesize(jobs, workers)
+        for _ in tqdm(done, total=len(jobs), initial=there, desc="speech", unit="utt", disable=None):
+            pass
     for name, plan in plans.items():
         utterances = [
-            Utterance(job.path.stem, job.path, text=job.text, speaker=job.voice.speaker) for job, _, _ in plan
+            Utterance(planned.utt_id, planned.job.path, text=planned.job.text, speaker=planned.job.voice.speaker)
+            for planned in plan
         ]
-        groups = {job.path.stem: group for job, group, _ in plan}
+        groups = {planned.utt_id: planned.group for planned in plan}
         write_dir(out / f"{corpus.name}_{name}", utterances, {"utt2group": groups})
 
 
-def _plan(name: str, parts: Sequence[Part], texts: Sequence[str], out: Path) -> list[tuple[synth.Job, str, int]]:
-    """Return (job, group, number) for every utterance of a set; ids begin with the speaker."""
-    plan = []
+def _plan(name: str, parts: Sequence[Part], texts: Sequence[str], out: Path) -> list[Planned]:
+    """Return every utterance of a set; ids begin with the speaker."""
+    plan: list[Planned] = []
     number = 0
     for part in parts:
         for index in range(part.count):
             voice = part.voices[index % len(part.voices)]
-            path = out / "wav" / name / f"{voice.speaker}-{name}-{number:04d}.wav"
-            plan.append((synth.Job(texts[number], voice, path), part.group, number))
+            utt_id = f"{voice.speaker}-{name}-{number:04d}"
+            # the name holds what was said and how: another sentence under the same id is another sound
+            content = hash_texts([texts[number], repr(voice)])
+            path = out / "wav" / name / f"{utt_id}.{content}.wav"
+            plan.append(Planned(utt_id, synth.Job(texts[number], voice, path), part.group))
             number += 1
     return plan
 

@@ -1,6 +1,6 @@
-"""Draws dev CER against minutes of training for one or more experiments.
+"""Draws dev CER against steps and minutes of training for one or more experiments.
 
-Usage: plot_curve.py --out curve.png NAME=EXP_DIR [NAME=EXP_DIR ...]
+Usage: plot_curve.py --seconds-a-step S --out curve.png NAME=EXP_DIR [NAME=EXP_DIR ...]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from speechllm.errors import EXIT_USER, DataError, UserError
 mpl.use("Agg")
 
 
-def curve(exp: Path) -> tuple[list[float], list[float]]:
-    """Return minutes and dev CER in per cent; the minutes of a CTC head that was trained first are counted.
+def curve(exp: Path) -> tuple[list[int], list[float]]:
+    """Return steps and dev CER in per cent at each validation.
 
     Raises:
         DataError: the experiment has no record of training.
@@ -26,25 +26,25 @@ def curve(exp: Path) -> tuple[list[float], list[float]]:
     path = exp / "metrics.jsonl"
     if not path.is_file():
         raise DataError(path, "no such record", "run stage 3 first")
-    head = exp / "ctc" / "minutes"
-    earlier = float(head.read_text(encoding="utf-8")) if head.is_file() else 0.0
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     points = [record for record in records if record["kind"] == "valid"]
-    return [earlier + point["minutes"] for point in points], [100 * point["cer"] for point in points]
+    return [point["step"] for point in points], [100 * point["cer"] for point in points]
 
 
-def draw(experiments: dict[str, Path], out: Path) -> None:
-    """Write the picture."""
+def draw(experiments: dict[str, Path], seconds_a_step: float, out: Path) -> None:
+    """Write the picture; the axis above turns steps into minutes."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120, layout="constrained")
     for name, exp in experiments.items():
-        minutes, cer_percent = curve(exp)
-        axes.plot(minutes, cer_percent, marker="o", label=name)
-        axes.annotate(
-            f"{cer_percent[-1]:.1f}", (minutes[-1], cer_percent[-1]), textcoords="offset points", xytext=(4, 6)
-        )
-    axes.set(xlabel="minutes of training (two cores)", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
+        steps, cer_percent = curve(exp)
+        axes.plot(steps, cer_percent, marker="o", label=name)
+        end = (steps[-1], cer_percent[-1])
+        axes.annotate(f"{cer_percent[-1]:.1f}", end, textcoords="offset points", xytext=(4, 6))
+    axes.set(xlabel="steps", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
+    factor = seconds_a_step / 60
+    above = axes.secondary_xaxis("top", functions=(lambda step: step * factor, lambda minute: minute / factor))
+    above.set_xlabel(f"minutes at {seconds_a_step:g} s a step")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(out)
@@ -54,6 +54,7 @@ def main() -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds-a-step", type=float, required=True)
     parser.add_argument("experiments", nargs="+", metavar="NAME=EXP_DIR")
     options = parser.parse_args()
     try:

