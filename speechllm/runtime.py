@@ -64,7 +64,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX512-BF16 or AMX; torch has no public question for the first
     return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -33,13 +34,14 @@ from transformers import (
 
 from speechllm.config.schema import Config, LoraConfig
 from speechllm.data import archive, audio, kaldi
+from speechllm.errors import UserError
 from speechllm.model.hub import Resolved, resolve
 from speechllm.model.lm import LanguageModel, add_lora, load_lm, lora_state
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -312,11 +314,10 @@ class HerePool(contextlib.AbstractContextManager["HerePool"]):
     def __exit__(self, *_error: object) -> None:
         torch.set_num_threads(self.threads)  # a worker sets its own process's
 
-    def imap_unordered(self, write: Callable[[dump.Shard], int], shards: Sequence[dump.Shard]) -> Iterator[int]:
-        return map(write, reversed(shards))
-
-
-class HereContext:
-    """Stands in for a multiprocessing context."""
-
-    Pool = HerePool
+    def submit(self, work: Callable[[dump.Shard], int], shard: dump.Shard) -> Future[int]:
+        done: Future[int] = Future()
+        try:
+            done.set_result(work(shard))
+        except UserError as error:
+            done.set_exception(error)
+        return done

@@ -62,9 +62,8 @@ class _Utterance:
         return max(h.log_prob for h in self.live) / longest <= worst or config.beam == 1
 
     def best(self, config: DecodeConfig) -> list[Hypothesis]:
-        """Return the finished hypotheses, the best first; those cut by the length bound only where none ended."""
-        pool = [h for h in self.finished if h.ended] or self.finished
-        return sorted(pool, key=lambda h: -h.rank(config.length_penalty))[: config.beam]
+        """Return the finished hypotheses, the best first; those cut by the length bound come last."""
+        return sorted(self.finished, key=lambda h: (not h.ended, -h.rank(config.length_penalty)))[: config.beam]
 
 
 @torch.inference_mode()

@@ -266,10 +266,17 @@ def test_a_table_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathF
     assert list(kaldi.read_table(path)) == kaldi.byte_order(table)
 
 
-def test_the_hash_follows_texts_and_times_but_not_the_folder(tmp_path: Path) -> None:
+def test_the_hash_follows_sounds_and_times_but_neither_texts_nor_the_folder(tmp_path: Path) -> None:
     data = kaldi.load(_data(tmp_path))
-    moved = [kaldi.Utterance(u.utt_id, tmp_path / "new" / u.wav.name, text=u.text) for u in data.utterances.values()]
-    same = kaldi.DataDir(tmp_path, {utt.utt_id: utt for utt in moved})
-    other = kaldi.DataDir(tmp_path, {**same.utterances, "u1": kaldi.Utterance("u1", moved[0].wav, text="夜")})
-    assert kaldi.data_hash(same) == kaldi.data_hash(data)
-    assert kaldi.data_hash(other) != kaldi.data_hash(data)
+    (tmp_path / "new").mkdir()
+    moved = {}
+    for utt in data.utterances.values():
+        copy = tmp_path / "new" / utt.wav.name
+        copy.write_bytes(utt.wav.read_bytes())
+        moved[utt.utt_id] = kaldi.Utterance(utt.utt_id, copy, text="夜")
+    assert kaldi.audio_hash(kaldi.DataDir(tmp_path, moved)) == kaldi.audio_hash(data)
+    first = next(iter(moved.values()))
+    cut = {**moved, first.utt_id: kaldi.Utterance(first.utt_id, first.wav, end_s=0.05)}
+    assert kaldi.audio_hash(kaldi.DataDir(tmp_path, cut)) != kaldi.audio_hash(data)
+    first.wav.write_bytes(first.wav.read_bytes()[:-1] + b"\x01")
+    assert kaldi.audio_hash(kaldi.DataDir(tmp_path, moved)) != kaldi.audio_hash(data)

@@ -14,7 +14,7 @@ from speechllm.data import kaldi
 from speechllm.decode.batched import decode
 from speechllm.decode.run import PARTIAL, decode_dir
 from speechllm.dump import dump
-from speechllm.errors import DataError, ModelError, UserError
+from speechllm.errors import ConfigError, DataError, ModelError, UserError
 from speechllm.model.assemble import TRAINED_FILE, Origin, assemble, origin_of, read_model, save_model
 from speechllm.model.state import load_tensors, save_tensors
 from speechllm.runtime import read_json
@@ -53,7 +53,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
             value.copy_(torch.randn(value.shape, generator=generator) * 0.5)
     save_model(made.model, model, config, origin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("speechllm.dump.multiprocessing.get_context", lambda _kind: tiny.HereContext)
+        patch.setattr("speechllm.dump.worker_pool", tiny.HerePool)
         dump(config.encoder, "cpu", made.data, made.store, workers=1)
     return made
 
@@ -174,15 +174,19 @@ def test_another_beam_is_refused_with_the_difference(setting: Setting, tmp_path:
         except Killed:
             assert not complete
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(DataError, match=r"holds texts of another decode .*'beam': 1.* now .*'beam': 3"):
+    with pytest.raises(DataError, match=r"holds output made with decode\.beam = 1, now it is 3"):
         decode_dir(setting.model, setting.store, tmp_path, {"beam": 3})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_other_data_are_refused(setting: Setting, tmp_path: Path) -> None:
-    decode_dir(setting.model, setting.store, tmp_path, {})
-    with pytest.raises(DataError, match="holds texts of another data"):
-        decode_dir(setting.model, setting.data, tmp_path, {})
+def test_other_data_are_refused_but_sounds_and_their_features_are_the_same_data(
+    setting: Setting, tmp_path: Path
+) -> None:
+    decode_dir(setting.model, setting.store, tmp_path / "out", {})
+    assert decode_dir(setting.model, setting.data, tmp_path / "out", {}) == 0
+    other = tiny.data_folder(tmp_path / "in", {"z": 5_000})
+    with pytest.raises(DataError, match="holds output made with data = "):
+        decode_dir(setting.model, other, tmp_path / "out", {})
 
 
 def copied_model(setting: Setting, folder: Path, change: float = 0.0, encoder: str | None = None) -> Path:
@@ -198,13 +202,13 @@ def copied_model(setting: Setting, folder: Path, change: float = 0.0, encoder: s
 def test_another_model_is_refused(setting: Setting, tmp_path: Path) -> None:
     decode_dir(setting.model, setting.store, tmp_path / "out", {})
     assert decode_dir(copied_model(setting, tmp_path / "same"), setting.store, tmp_path / "out", {}) == 0
-    with pytest.raises(DataError, match="holds texts of another model"):
+    with pytest.raises(DataError, match="holds output made with model = "):
         decode_dir(copied_model(setting, tmp_path / "other", 0.5), setting.store, tmp_path / "out", {})
 
 
 @pytest.mark.parametrize(
     ("place", "kind", "message"),
-    [("store", DataError, "was dumped with another encoder"), ("data", ModelError, "is another model")],
+    [("store", ConfigError, "was dumped with encoder_fingerprint = "), ("data", ModelError, "is another model")],
 )
 def test_frames_of_another_encoder_than_the_models_are_refused(
     setting: Setting, tmp_path: Path, *, place: str, kind: type[UserError], message: str

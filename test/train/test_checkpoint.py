@@ -105,11 +105,12 @@ def test_a_state_that_lacks_a_file_is_stepped_over(tmp_path: Path, name: str) ->
     assert newest_step(tmp_path) == 10
 
 
-def test_where_every_state_is_bad_the_run_begins_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_every_state_is_bad_the_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path, 10, 20)
     for path in tmp_path.glob(f"*/{STATE}"):
         path.write_text("{", encoding="utf-8")
-    assert load_newest(tmp_path) is None
+    with pytest.raises(ModelError, match="holds saved states, none of them whole; remove the folder to start over"):
+        load_newest(tmp_path)
     assert caplog.text.count("checkpoint skipped") == 2
 
 

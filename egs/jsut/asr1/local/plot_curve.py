@@ -42,8 +42,8 @@ def draw(experiments: dict[str, Path], seconds_a_step: float, out: Path) -> None
         end = (steps[-1], cer_percent[-1])
         axes.annotate(f"{cer_percent[-1]:.1f}", end, textcoords="offset points", xytext=(4, 6))
     axes.set(xlabel="steps", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
-    factor = seconds_a_step / 60
-    above = axes.secondary_xaxis("top", functions=(lambda step: step * factor, lambda minute: minute / factor))
+    above = axes.twiny()
+    above.set_xlim(0, axes.get_xlim()[1] * seconds_a_step / 60)
     above.set_xlabel(f"minutes at {seconds_a_step:g} s a step")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
@@ -57,11 +57,9 @@ def main() -> int:
     parser.add_argument("--seconds-a-step", type=float, required=True)
     parser.add_argument("experiments", nargs="+", metavar="NAME=EXP_DIR")
     options = parser.parse_args()
+    pairs = (item.partition("=") for item in options.experiments)
     try:
-        draw(
-            {name: Path(folder) for name, _, folder in (item.partition("=") for item in options.experiments)},
-            options.out,
-        )
+        draw({name: Path(folder) for name, _, folder in pairs}, options.seconds_a_step, options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
