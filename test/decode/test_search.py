@@ -12,7 +12,7 @@ import torch
 
 from speechllm.config.schema import ConvMlpProjector, DecodeConfig
 from speechllm.decode.batched import Text, decode, max_tokens, to_text
-from speechllm.decode.search import Hypothesis, search
+from speechllm.decode.search import Hypothesis, _Utterance, search
 from speechllm.model.speechllm import SpeechLlm, Spliced, pad_frames
 
 if TYPE_CHECKING:
@@ -204,6 +204,29 @@ def test_a_beam_of_three_finds_the_best_of_all_short_texts(
         start = spliced(model, [frames_eh])
         ((best, *_),) = search(lm, start, [3], config)  # type: ignore[arg-type] # stands in for a model
         assert (*best.tokens, *([END] * best.ended)) == brute_force(lm, start, 3, penalty)
+
+
+@pytest.mark.parametrize(
+    ("live", "penalty", "done"),
+    [
+        ([-1.0], 0.0, False),  # may still end better than all three
+        ([-6.5, -9.0], 0.0, False),  # may still be the third
+        ([-7.0], 0.0, True),  # a longer text only loses
+        ([-30.0], 1.0, False),  # ten tokens at -30 rank above -7 / 2
+        ([-35.0], 1.0, True),
+        ([], 0.0, True),
+    ],
+)
+def test_a_search_ends_when_no_live_text_can_come_among_the_best(
+    live: list[float], penalty: float, *, done: bool
+) -> None:
+    utterance = _Utterance(
+        max_tokens=10,
+        live=[Hypothesis((5,), (score,), ended=False) for score in live],
+        finished=[Hypothesis((6,), (score / 2, score / 2), ended=True) for score in (-5.0, -7.0, -6.0)],
+    )
+    assert utterance.done(DecodeConfig(beam=3, length_penalty=penalty)) is done
+    assert utterance.done(DecodeConfig(beam=4, length_penalty=penalty)) is (not live)
 
 
 def test_a_finished_text_is_ranked_by_its_tokens_to_the_power_of_the_penalty() -> None:

@@ -20,7 +20,18 @@ CONFIG = '{"model_type": "llama"}'
 @pytest.fixture(autouse=True)
 def no_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no model that this machine's user has downloaded be found."""
-    monkeypatch.setattr(hub, "_from_hub", lambda _name, *, local_only: None if local_only else _never())
+    use_hub_cache(monkeypatch, None)
+
+
+def use_hub_cache(monkeypatch: pytest.MonkeyPatch, folder: Path | None, revision: str | None = None) -> None:
+    """Let the hub's cache hold `folder` and nothing else; the network may not be asked."""
+
+    def from_hub(_name: str, asked: str | None, *, local_only: bool) -> Path | None:
+        if not local_only:
+            _never()
+        return folder if asked == revision else None
+
+    monkeypatch.setattr(hub, "_from_hub", from_hub)
 
 
 def _never() -> NoReturn:
@@ -69,16 +80,30 @@ def test_a_folder_without_a_configuration_is_no_model(tmp_path: Path) -> None:
 
 def test_a_cached_hub_model_goes_before_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_recipe(monkeypatch, lambda _folder: _never())
-    cached = model_folder(tmp_path / "snapshot")
-    monkeypatch.setattr(hub, "_from_hub", lambda _name, *, local_only: cached if local_only else _never())
+    use_hub_cache(monkeypatch, model_folder(tmp_path / "snapshot"))
     assert hub.resolve("some/model").source == "model hub (cached)"
 
 
 def test_a_local_folder_goes_before_a_cached_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_from_hub", lambda _name, *, local_only: _never() if local_only else None)
+    use_hub_cache(monkeypatch, model_folder(tmp_path / "snapshot"))
     monkeypatch.setenv("SPEECHLLM_MODELS", str(tmp_path))
     model_folder(tmp_path / "some" / "model")
     assert hub.resolve("some/model").source == "local folder"
+
+
+def test_a_cached_tokenizer_without_weights_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model_folder(tmp_path / "snapshot") / "model.safetensors").unlink()
+    use_hub_cache(monkeypatch, tmp_path / "snapshot")
+    with pytest.raises(ModelError, match="no such model folder, hub model or package"):
+        hub.resolve("some/model")
+
+
+def test_a_revision_is_that_of_the_hub_and_never_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_recipe(monkeypatch, lambda _folder: _never())
+    use_hub_cache(monkeypatch, model_folder(tmp_path / "snapshot"), revision="v2")
+    assert hub.resolve("some/model", "v2").folder == tmp_path / "snapshot"
+    with pytest.raises(ModelError, match="no such model folder, hub model or package"):
+        hub.resolve("some/model", "v1")
 
 
 def test_a_packaged_model_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

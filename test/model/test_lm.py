@@ -124,7 +124,10 @@ def test_a_new_adapter_changes_no_logit(name: str, folders: dict[str, Path]) -> 
 def test_a_merged_adapter_gives_the_logits_of_an_unmerged_one(name: str, folders: dict[str, Path]) -> None:
     lm = with_lora(folders[name], name, trained=True)
     before = logits_of(lm, SHORT)
+    first = next(part for part in lm.model.modules() if hasattr(part, "lora_A") and hasattr(part, "base_layer"))
+    plain_weight = first.base_layer.weight.detach().clone()
     merge_lora(lm)
+    assert not torch.equal(first.base_layer.weight, plain_weight)
     torch.testing.assert_close(logits_of(lm, SHORT), before, rtol=0, atol=1e-4)
     assert (before - logits_of(tiny.load(folders[name]), SHORT)).abs().max() > 0.01
 

@@ -16,7 +16,7 @@ LOCAL = Path(__file__).parents[2] / "egs" / "jsut" / "asr1" / "local"
 SIZES = {
     "mini": {"train": 1960, "dev": 100, "eval": 120},
     "mini_open": {"train": 4520, "dev": 120, "eval": 120},
-    "debug": {"train": 8, "dev": 4, "eval": 4},
+    "debug": {"train": 8},
 }
 
 
@@ -78,7 +78,7 @@ def test_dev_and_eval_have_unheard_voices_of_their_own(corpus: str) -> None:
     assert not dev & held_out
 
 
-@pytest.mark.parametrize("corpus", list(SIZES))
+@pytest.mark.parametrize("corpus", ["mini", "mini_open"])
 @pytest.mark.parametrize("name", ["dev", "eval"])
 def test_no_held_out_sentence_is_a_near_copy_of_a_training_one(
     texts: dict[str, dict[str, list[str]]], corpus: str, name: str
@@ -89,7 +89,7 @@ def test_no_held_out_sentence_is_a_near_copy_of_a_training_one(
     assert {text: distance for text, distance in nearest.items() if distance < 0.2} == {}
 
 
-@pytest.mark.parametrize("corpus", list(SIZES))
+@pytest.mark.parametrize("corpus", ["mini", "mini_open"])
 def test_no_eval_sentence_is_a_near_copy_of_a_dev_one(texts: dict[str, dict[str, list[str]]], corpus: str) -> None:
     assert all(sentences.far_from(text, texts[corpus]["dev"], 0.2) for text in texts[corpus]["eval"])
 
@@ -123,16 +123,22 @@ def test_a_plan_gives_each_utterance_an_id_that_begins_with_its_speaker(
 ) -> None:
     for name, parts in mini.CORPORA[corpus]().parts.items():
         plan = mini._plan(f"{corpus}_{name}", parts, texts[corpus][name], tmp_path)
-        ids = [job.path.stem for job, _, _ in plan]
-        assert len(set(ids)) == SIZES[corpus][name]
-        assert [job.text for job, _, _ in plan] == texts[corpus][name]
-        for job, group, _ in plan:
-            assert job.path.stem.startswith(f"{job.voice.speaker}-{corpus}_{name}-")
-            assert job.voice in _voices(corpus, name, group)
-        assert {job.voice for job, _, _ in plan} <= _voices(corpus, name)
+        assert len({planned.utt_id for planned in plan}) == SIZES[corpus][name]
+        assert [planned.job.text for planned in plan] == texts[corpus][name]
+        for planned in plan:
+            assert planned.utt_id.startswith(f"{planned.job.voice.speaker}-{corpus}_{name}-")
+            assert planned.job.path.name.startswith(f"{planned.utt_id}.")
+            assert planned.job.voice in _voices(corpus, name, planned.group)
+
+
+def test_another_sentence_under_the_same_id_is_another_sound(tmp_path: Path) -> None:
+    part = (mini.Part(1, mini.KOKORO_DEV),)
+    first, same, other = (mini._plan("x", part, [text], tmp_path)[0] for text in ("はい。", "はい。", "いいえ。"))
+    assert first.utt_id == other.utt_id
+    assert first.job.path == same.job.path != other.job.path
 
 
 def test_every_voice_of_the_mini_corpus_speaks(texts: dict[str, dict[str, list[str]]], tmp_path: Path) -> None:
     plan = mini._plan("mini_train", mini.mini().parts["train"], texts["mini"]["train"], tmp_path)
-    assert {job.voice for job, _, _ in plan} == _voices("mini", "train")
+    assert {planned.job.voice for planned in plan} == _voices("mini", "train")
     assert list(tmp_path.iterdir()) == []

@@ -74,7 +74,7 @@ exp=${exp:-$conf}
 ((ngpu <= 1)) || fail "--ngpu $ngpu: one process uses one GPU" "use 0 or 1"
 [[ -z $beam ]] || ((beam > 0)) || fail "--beam must be at least 1" "see --help"
 ((nj > 0)) || fail "--nj must be at least 1" "see --help"
-((1 <= stage && stop_stage <= ${#stage_names[@]})) || fail "stages go from 1 to ${#stage_names[@]}" "see --list"
+((1 <= stage && stage <= ${#stage_names[@]} && 1 <= stop_stage && stop_stage <= ${#stage_names[@]})) || fail "stages go from 1 to ${#stage_names[@]}" "see --list"
 ((stage <= stop_stage)) || fail "--stage $stage comes after --stop-stage $stop_stage" "see --list"
 
 "$top/tools/setup.sh"
