@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 EXIT_OURS = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Return the exit status of a script whose whole work is `work`; the user's fault is one line on stderr."""
+    try:
+        work()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER
+    return 0
 
 
 class UserError(Exception):

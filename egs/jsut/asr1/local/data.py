@@ -14,7 +14,7 @@ import jsut
 import mini
 
 from speechllm.data.kaldi import read_table
-from speechllm.errors import EXIT_USER, ConfigError, UserError
+from speechllm.errors import ConfigError, exit_status
 
 DEBUG_MODELS = Path("downloads/debug")
 
@@ -46,12 +46,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--nj", type=int, default=2)
     options = parser.parse_args()
-    try:
-        prepare(options.corpus, options.out, options.nj)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    return 0
+    return exit_status(lambda: prepare(options.corpus, options.out, options.nj))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from speechllm.errors import EXIT_USER, DataError, UserError
+from speechllm.errors import DataError, exit_status
 
 mpl.use("Agg")
 
@@ -58,12 +58,8 @@ def main() -> int:
     parser.add_argument("experiments", nargs="+", metavar="NAME=EXP_DIR")
     options = parser.parse_args()
     pairs = (item.partition("=") for item in options.experiments)
-    try:
-        draw({name: Path(folder) for name, _, folder in pairs}, options.seconds_a_step, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    return 0
+    experiments = {name: Path(folder) for name, _, folder in pairs}
+    return exit_status(lambda: draw(experiments, options.seconds_a_step, options.out))
 
 
 if __name__ == "__main__":
