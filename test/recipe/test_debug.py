@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,24 @@ def test_the_same_seed_gives_the_same_bits(tree: Path, recipe: Path) -> None:
     for name in ("model/trained.safetensors", "decode_greedy/debug_train/text"):
         assert (recipe / "exp/twin" / name).read_bytes() == (recipe / "exp/debug" / name).read_bytes()
     assert _losses(recipe / "exp/twin") == _losses(recipe / "exp/debug")
+
+
+def test_a_stopped_run_ends_with_75_and_goes_on_to_the_same_bits(tree: Path, recipe: Path) -> None:
+    options = ["--conf", "debug", "--stage", "3", "--stop-stage", "3", "--exp", "stopped"]
+    metrics = recipe / "exp/stopped/metrics.jsonl"
+    with subprocess.Popen([str(tree / "run.sh"), *options], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=TIME_LIMIT_S)
+    assert process.returncode == 75, stderr
+    assert "run again to go on" in stderr
+    assert not (recipe / "exp/stopped/model").exists()
+    assert run(tree, *options).returncode == 0
+    trained = "model/trained.safetensors"
+    assert (recipe / "exp/stopped" / trained).read_bytes() == (recipe / "exp/debug" / trained).read_bytes()
+    assert _losses(recipe / "exp/stopped") == _losses(recipe / "exp/debug")
 
 
 def _losses(exp: Path) -> list[float]:
