@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DEFAULT_MODEL = "openai/whisper-base"
 RECORD = "decode.json"
 LONGEST_SAMPLES = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
 MAX_NEW_TOKENS = 224  # half of Whisper's context, the rest is its prompt's (Radford 2022, sec. 2.3)

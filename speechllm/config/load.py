@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
+from speechllm import folders
 from speechllm.config.schema import Config
 from speechllm.errors import ConfigError
 from speechllm.runtime import write_text
@@ -170,13 +171,5 @@ def dump(config: Config, path: Path) -> None:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return ``key: old -> new`` for every field that differs."""
-    return _differences("", old.model_dump(mode="json"), new.model_dump(mode="json"))
-
-
-def _differences(prefix: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += _differences(f"{prefix}.{key}".lstrip("."), old.get(key), new.get(key))
-        return found
-    return [] if old == new else [f"{prefix}: {old} -> {new}"]
+    changed = folders.differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    return [f"{name}: {was} -> {now}" for name, was, now in changed]

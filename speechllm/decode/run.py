@@ -100,12 +100,15 @@ def _decode_waiting(
     ):
         for batch in decode(model, waiting, source.fetch, settings):
             for utt_id, nbest in batch.items():
-                line = {"utt_id": utt_id, "nbest": [asdict(text) for text in nbest]}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.write(_nbest_line(utt_id, nbest))
             stream.flush()
             found |= batch
             bar.update(len(batch))
     return found
+
+
+def _nbest_line(utt_id: str, nbest: Sequence[Text]) -> str:
+    return json.dumps({"utt_id": utt_id, "nbest": [asdict(text) for text in nbest]}, ensure_ascii=False) + "\n"
 
 
 def _read_partial(path: Path, source: Source) -> dict[str, list[Text]]:
@@ -128,8 +131,7 @@ def _read_partial(path: Path, source: Source) -> dict[str, list[Text]]:
 def _write(out: Path, found: Mapping[str, list[Text]], settings: DecodeConfig, rtf: Mapping[str, Any]) -> None:
     ordered = kaldi.byte_order(found)
     texts = {key: normalize(found[key][0].text, settings.normalize) for key in ordered}
-    lines = [{"utt_id": key, "nbest": [asdict(text) for text in found[key]]} for key in ordered]
-    write_text(out / "nbest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(out / "nbest.jsonl", "".join(_nbest_line(key, found[key]) for key in ordered))
     factor = rtf["wall_s"] / rtf["audio_s"] if rtf["audio_s"] else None
     cut = sum(not found[key][0].ended for key in ordered)
     write_json(out / "rtf.json", {**rtf, "rtf": factor, "cut": cut})

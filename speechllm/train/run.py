@@ -172,10 +172,10 @@ def _drop_long(config: Config, train_set: FeatureSet, model: SpeechLlm, exp: Pat
 def _train_head(features: Features, projector: CtcBridge, folder: Path, measure: Measure) -> None:
     config = features.config.projector
     assert isinstance(config, CtcProjector)
-    task = CtcTask(features, projector, config, measure)
     if (folder / MINUTES).is_file():
-        task.load_state(load_tensors(folder / BEST))
+        projector.head.load_state_dict(load_tensors(folder / BEST))
         return
+    task = CtcTask(features, projector, config, measure)
     torch.manual_seed(derive_seed("ctc weights", features.config.seed))
     per_epoch = len(task.batches(0))
     options = LoopOptions(

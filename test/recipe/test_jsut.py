@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from local_scripts import LOCAL, load
 
 from speechllm.data import audio, kaldi
 from speechllm.errors import DataError
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from pathlib import Path
 
-LOCAL = Path(__file__).parents[2] / "egs" / "jsut" / "asr1" / "local"
 NUM_BASIC = 503  # 250 of them are eval1, 250 dev
 SUBSETS = {
     "basic5000": [f"BASIC5000_{number:04d}" for number in range(1, NUM_BASIC + 1)],
@@ -33,17 +30,7 @@ SUBSETS = {
 }
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-jsut = _load(LOCAL / "jsut.py")
+jsut = load("jsut")
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from local_scripts import load
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from pathlib import Path
 
-LOCAL = Path(__file__).parents[2] / "egs" / "jsut" / "asr1" / "local"
 SIZES = {
     "mini": {"train": 1960, "dev": 100, "eval": 120},
     "mini_open": {"train": 4520, "dev": 120, "eval": 120},
@@ -20,18 +17,7 @@ SIZES = {
 }
 
 
-def _load(name: str) -> ModuleType:
-    """Return a script of the recipe; those it imports must have been loaded before it."""
-    spec = importlib.util.spec_from_file_location(name, LOCAL / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sentences, synth, mini = [_load(name) for name in ("sentences", "synth", "mini")]
+sentences, synth, mini = [load(name) for name in ("sentences", "synth", "mini")]
 
 
 @pytest.fixture(scope="module")

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from local_scripts import LOCAL, load
 
 from speechllm.errors import DataError
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from pathlib import Path
 
-LOCAL = Path(__file__).parents[2] / "egs" / "jsut" / "asr1" / "local"
 DOMAIN_YAML = LOCAL / "corpus" / "domain.yaml"
 ALLOWED = re.compile(r"[ぁ-んァ-ヶー一-龠々0-9、]+[。？]")
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-sentences = _load(LOCAL / "sentences.py")
+sentences = load("sentences")
 
 SMALL = """
 slots:

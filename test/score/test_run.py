@@ -201,7 +201,8 @@ def test_the_order_of_lines_never_matters_and_a_missing_one_is_deleted(
 
 def test_scoring_never_loads_torch() -> None:
     code = "import sys, speechllm.score.run; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_report_holds_its_data_and_nothing_else(tmp_path: Path) -> None:
