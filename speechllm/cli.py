@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, Stopped, UserError
-from speechllm.runtime import setup_logging
+from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, ConfigError, Stopped, UserError
+from speechllm.runtime import setup_logging, write_json
 
 app = typer.Typer(
     name="speechllm",
@@ -100,18 +100,19 @@ def decode(
 
 @app.command()
 def baseline(
-    name: Annotated[str, typer.Argument(help="whisper or hyp.")],
+    name: Annotated[str, typer.Argument(help="whisper, nue-asr, reazonspeech-espnet, reazonspeech-nemo or hyp.")],
     data: DataOption,
     out: OutOption,
     *,
-    model: Annotated[str, typer.Option(help="Whisper checkpoint, for whisper.")] = "openai/whisper-base",
+    model: Annotated[str | None, typer.Option(help="Checkpoint; each baseline has its own default.")] = None,
     hyp: Annotated[Path | None, typer.Option(help="Ready hypothesis file, for hyp.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where that file came from, for hyp.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Utterances at a time.")] = 8,
 ) -> None:
     """Write another system's texts of the same data directory (stage 4)."""
     from speechllm import stages
 
-    stages.baseline(name, data, out, stages.BaselineOptions(model, hyp, batch_size))
+    stages.baseline(name, data, out, stages.BaselineOptions(model, hyp, source, batch_size))
     print(f"{out}/text")
 
 
@@ -165,13 +166,46 @@ def compare(
 
 @app.command()
 def table(
-    path: Annotated[Path, typer.Argument(help="Table description (YAML).")],
-    out: Annotated[Path, typer.Option("--out", help="Markdown to write.")] = Path("RESULTS.md"),
+    paths: Annotated[list[Path], typer.Argument(help="Table descriptions (YAML).")],
+    out: Annotated[Path, typer.Option("--out", help="Markdown to write; LaTeX goes beside it.")] = Path("RESULTS.md"),
 ) -> None:
-    """Write RESULTS.md from score files alone."""
+    """Write RESULTS.md and RESULTS.tex from score files alone."""
     from speechllm.score.table import write_table
 
-    print(write_table(path, out), end="")
+    print(write_table(paths, out), end="")
+
+
+@app.command()
+def params(
+    *,
+    conf: Annotated[Path | None, typer.Option("--conf", help="Configuration file (YAML).")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Table description (YAML).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the counts.")] = None,
+) -> None:
+    """Count the parameters of a configuration, or of every row of a table, without weights."""
+    from speechllm import count
+
+    if (conf is None) == (table is None):
+        raise ConfigError("params", "needs one of --conf and --table", "give one")
+    records = count.count_conf(conf) if conf is not None else count.count_table(cast("Path", table))
+    if json_file is not None:
+        write_json(json_file, records)
+    print(count.as_text(records), end="")
+
+
+@app.command()
+def plan(
+    conf: ConfOption,
+    hours: Annotated[float, typer.Option("--hours", min=0.001, max=1e7, help="Hours of training sound.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=100_000, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, a100, a100-40g, l40s or rtx4090.")] = "h100",
+) -> None:
+    """Say what training would take: memory, batch, hours, disk."""
+    from speechllm import plan as plans
+    from speechllm.config import load as configs
+
+    config = configs.load(conf)
+    print(plans.as_text(plans.plan(config, hours, gpus, gpu), config, hours, gpus, gpu), end="")
 
 
 @app.command()

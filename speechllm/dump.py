@@ -26,6 +26,7 @@ from speechllm.runtime import (
     pick_device,
     provenance,
     read_json,
+    sha256,
     worker_pool,
     write_json,
     write_text,
@@ -153,7 +154,7 @@ def _shard_done(shard: Shard) -> bool:
         mark = read_json(shard.mark)
     except ModelError:
         return False
-    return mark.get("fingerprint") == shard.fingerprint and mark.get("sha256") == archive.sha256(shard.ark)
+    return mark.get("fingerprint") == shard.fingerprint and mark.get("sha256") == sha256(shard.ark)
 
 
 def _write_shard(shard: Shard) -> int:
@@ -180,7 +181,7 @@ def _write_shard(shard: Shard) -> int:
 
     frames = archive.write_archive(partial, encoded())
     places = partial.with_suffix(".scp").read_text(encoding="utf-8").replace(f"{temporary}/", "")
-    digest = archive.sha256(partial)
+    digest = sha256(partial)
     partial.replace(shard.ark)
     write_text(shard.ark.with_suffix(".scp"), places)
     write_json(shard.mark, {"fingerprint": shard.fingerprint, "sha256": digest, "frames": frames})

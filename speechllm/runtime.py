@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import signal
+import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     import torch
 
@@ -96,11 +100,20 @@ def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *a
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Leave Ctrl-C to the parent, then do what was asked for."""
+    """Leave Ctrl-C to the parent, end with it, then do what was asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     setup_logging()
     if initializer is not None:
         initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this worker once its parent is gone; else it would go on, and then wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,12 +142,35 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def hash_texts(parts: Iterable[str]) -> str:
     """Return 16 hexadecimal digits that identify a sequence of strings."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit that this package is run from, marked where files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called: the GPU's name, or ``cpu``."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def provenance(extra: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -148,5 +184,6 @@ def provenance(extra: Mapping[str, object] | None = None) -> dict[str, object]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {os.cpu_count()} cores",
         "versions": versions,
+        "commit": _commit(),
         **(extra or {}),
     }

@@ -62,9 +62,22 @@ def decode(exp: Path, data_dir: Path, out: Path, changes: Mapping[str, object]) 
 class BaselineOptions:
     """What the baselines are asked for."""
 
-    model: str
-    hyp: Path | None
-    batch_size: int
+    model: str | None = None
+    """Checkpoint; each baseline has its own default."""
+    hyp: Path | None = None
+    source: str | None = None
+    """Where a ready hypothesis file came from."""
+    batch_size: int = 8
+
+
+BASELINES = {
+    "whisper": "openai/whisper-base",
+    "nue-asr": "rinna/nue-asr",
+    "reazonspeech-espnet": "reazon-research/reazonspeech-espnet-v2",
+    "reazonspeech-nemo": "reazon-research/reazonspeech-nemo-v2",
+    "hyp": "",
+}
+"""The checkpoint that each baseline runs where none is named."""
 
 
 def baseline(name: str, data_dir: Path, out: Path, options: BaselineOptions) -> int:
@@ -73,12 +86,21 @@ def baseline(name: str, data_dir: Path, out: Path, options: BaselineOptions) -> 
     Raises:
         ConfigError: no such baseline.
     """
+    if name not in BASELINES:
+        raise ConfigError(name, "no such baseline", f"choose one of {', '.join(BASELINES)}")
+    model = options.model or BASELINES[name]
     if name == "whisper":
-        from speechllm.baselines.whisper import transcribe_dir
+        from speechllm.baselines import whisper
 
-        return transcribe_dir(data_dir, out, options.model, options.batch_size)
+        return whisper.transcribe_dir(data_dir, out, model, options.batch_size)
+    if name == "nue-asr":
+        from speechllm.baselines import nue_asr
+
+        return nue_asr.transcribe_dir(data_dir, out, model, options.batch_size)
     if name == "hyp":
         from speechllm.baselines.hyp import take_over
 
-        return take_over(data_dir, out, options.hyp)
-    raise ConfigError(name, "no such baseline", "choose whisper or hyp")
+        return take_over(data_dir, out, options.hyp, options.source)
+    from speechllm.baselines import reazonspeech
+
+    return reazonspeech.transcribe_dir(name, data_dir, out, model, options.batch_size)

@@ -53,7 +53,7 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
         f"({len(wave_s)},) at {audio.SAMPLE_RATE_HZ} Hz, peak {abs(wave_s).max():.3f}",
         "data.audio.read",
     )
-    encoder = load_encoder(
+    encoder = model.encoder or load_encoder(
         config.encoder, hub.resolve(config.encoder.name, config.encoder.revision), torch.device("cpu")
     )
     frames_eh = encoder.encode([wave_s])[0].half().float()
@@ -109,7 +109,7 @@ def _trace_model(page: _Page, model: SpeechLlm, config: Config, frames_eh: Tenso
         )
     audio_pd = projector(frames_beh, frames_b)[0]
     page.add("audio tokens [p d]", _shape(audio_pd), f"model.projector.{type(projector).__name__}")
-    parts = prompts.build(model.lm.tokenizer, model.prompt, None)
+    parts = prompts.build(model.lm.tokenizer, model.form, None)
     shown = " ".join(map(repr, model.lm.tokenizer.convert_ids_to_tokens([*parts.before, *parts.after])))
     page.add(
         "prompt tokens",

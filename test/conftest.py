@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+# models this small gain nothing from threads, which on a busy machine wait for each other; read when torch is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # no test may reach the network, nor depend on a user's own models
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SPEECHLLM_MODELS", None)

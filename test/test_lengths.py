@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModel, WhisperFeatureExtractor
+from transformers import AutoModel, SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
 from speechllm import lengths
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-WAV2VEC2_KIND = [name for name in tiny.ENCODERS if name != "whisper"]
 
-
-@pytest.mark.parametrize("family", WAV2VEC2_KIND)
+@pytest.mark.parametrize("family", tiny.WAV2VEC2_KIND)
 def test_conv_frames_are_those_of_the_familys_own_convolutions(family: str, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tiny.ENCODERS[family](tmp_path))
     convolutions = [layer.conv.to("meta") for layer in model.feature_extractor.conv_layers]
@@ -77,6 +75,40 @@ def test_whisper_encoder_frames_are_those_of_its_two_convolutions() -> None:
 
 def test_thirty_seconds_are_1500_frames_of_whisper() -> None:
     assert lengths.whisper_encoder_frames(lengths.whisper_mel_frames(30 * 16_000)) == 1500
+
+
+def test_mel_frames_of_w2v_bert_are_those_of_its_feature_extractor() -> None:
+    extract = SeamlessM4TFeatureExtractor()
+    for num_samples in (*range(400, 2001, 13), 559, 560, 561, 719, 720, 16_000):
+        made = extract._extract_fbank_features(np.zeros(num_samples, np.float32))
+        assert len(made) == lengths.fbank_frames(num_samples), num_samples
+
+
+def test_stacked_frames_are_those_that_the_feature_extractor_lets_attend() -> None:
+    extract = SeamlessM4TFeatureExtractor()
+    for num_samples in (*range(560, 2001, 41), 719, 720, 721, 879, 880, 160_000):
+        made = extract(np.zeros(num_samples, np.float32), sampling_rate=16_000, return_tensors="np")
+        counted = lengths.stacked_frames(lengths.fbank_frames(num_samples), extract.stride)
+        assert made["attention_mask"].sum() == counted, num_samples
+
+
+def test_sounds_shorter_than_a_window_have_no_mel_frame() -> None:
+    assert [lengths.fbank_frames(num_samples) for num_samples in (0, 399, 400)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "strides", "shortest"),
+    [
+        (lengths.WAV2VEC2_KERNELS, lengths.WAV2VEC2_STRIDES, 400),
+        ((lengths.FBANK_WINDOW, 2), (lengths.FBANK_HOP, 2), 560),
+    ],
+    ids=["wav2vec2", "w2v-bert"],
+)
+def test_the_shortest_input_is_the_first_that_leaves_a_frame(
+    kernels: tuple[int, ...], strides: tuple[int, ...], shortest: int
+) -> None:
+    assert lengths.shortest_input(kernels, strides) == shortest
+    assert [lengths.conv_frames(shortest - less, kernels, strides) for less in (0, 1)] == [1, 0]
 
 
 @pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (4, 1), (5, 1), (6, 2), (10, 2), (499, 100)])

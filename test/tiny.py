@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,9 +19,18 @@ from transformers import (
     HubertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SeamlessM4TFeatureExtractor,
     UniSpeechSatConfig,
     UniSpeechSatModel,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -32,13 +41,14 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from speechllm.config.schema import Config, LoraConfig
+from speechllm.config.schema import DEFAULT_TEMPLATE, Config, LoraConfig
 from speechllm.data import archive, audio, kaldi
 from speechllm.errors import UserError
 from speechllm.model.hub import Resolved, resolve
 from speechllm.model.lm import LanguageModel, add_lora, load_lm, lora_state
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
+from speechllm.text.prompt import Form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,22 +69,22 @@ TEXTS = (
     "a b c",
 )
 PROMPT = "書き起こして"
+FORM = Form(PROMPT, DEFAULT_TEMPLATE)
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 LM_WIDTH = 16
 WIDTH_H = 6  # of made-up encoder frames
+ENCODER_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 # what every tiny encoder of the wav2vec 2.0 kind shares; kernels and strides are the published ones
 WAV2VEC2_SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
+    **ENCODER_SIZES,
     "conv_dim": (32,) * 7,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
 }
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 LM_SIZES = {"hidden_size": LM_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TIED = {"tie_word_embeddings": True}
 # with the usual 0.02 all logits are alike, and a test of what depends on what could not fail
 SPREAD = {"initializer_range": 0.3}
 ENCODER_SPREAD = {"initializer_range": 0.1}
@@ -116,10 +126,16 @@ def hubert(folder: Path) -> Path:
     return _save_encoder(HubertModel(HubertConfig(**WAV2VEC2_SIZES, **ENCODER_SPREAD)), folder)
 
 
-def wav2vec2(folder: Path) -> Path:
-    """Write wav2vec 2.0 as its large models are."""
+def hubert_large(folder: Path) -> Path:
+    """Write HuBERT with a layer-norm feature extractor, as HuBERT-large has it."""
+    torch.manual_seed(9)
+    return _save_encoder(HubertModel(HubertConfig(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD)), folder)
+
+
+def wav2vec2(folder: Path, **fields: object) -> Path:
+    """Write wav2vec 2.0 as its large models are; `fields` go to its configuration."""
     torch.manual_seed(3)
-    return _save_encoder(Wav2Vec2Model(Wav2Vec2Config(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD)), folder)
+    return _save_encoder(Wav2Vec2Model(Wav2Vec2Config(**WAV2VEC2_SIZES, **LARGE, **ENCODER_SPREAD, **fields)), folder)
 
 
 def unispeech_sat(folder: Path) -> Path:
@@ -137,6 +153,17 @@ def data2vec(folder: Path) -> Path:
     return _save_encoder(
         Data2VecAudioModel(Data2VecAudioConfig(**sizes, conv_pos_kernel_size=5, **ENCODER_SPREAD)), folder
     )
+
+
+def w2v_bert(folder: Path, **fields: object) -> Path:
+    """Write w2v-BERT 2.0: Conformer blocks over stacked mel frames; `fields` go to its configuration."""
+    torch.manual_seed(10)
+    clipped = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 2}
+    model = Wav2Vec2BertModel(Wav2Vec2BertConfig(**{**ENCODER_SIZES, **clipped, **ENCODER_SPREAD, **fields}))
+    _shake(model)
+    model.save_pretrained(folder)
+    SeamlessM4TFeatureExtractor(padding_value=1.0).save_pretrained(folder)  # the published one pads with ones
+    return folder
 
 
 def whisper_model() -> torch.nn.Module:
@@ -175,11 +202,14 @@ def whisper(folder: Path) -> Path:
 ENCODERS: dict[str, Callable[[Path], Path]] = {
     "wavlm": wavlm,
     "hubert": hubert,
+    "hubert-large": hubert_large,
     "wav2vec2": wav2vec2,
     "unispeech-sat": unispeech_sat,
     "data2vec-audio": data2vec,
     "whisper": whisper,
+    "w2v-bert": w2v_bert,
 }
+WAV2VEC2_KIND = tuple(name for name in ENCODERS if name not in {"whisper", "w2v-bert"})  # convolutions over samples
 
 
 def tokenizer(texts: Sequence[str] = (*TEXTS, PROMPT)) -> PreTrainedTokenizerFast:
@@ -207,6 +237,21 @@ def byte_pair_tokenizer(pieces: Sequence[str], merges: Sequence[Sequence[str]]) 
     return PreTrainedTokenizerFast(tokenizer_object=fast, **names)
 
 
+def byte_level_tokenizer(texts: Sequence[str] = (*TEXTS, PROMPT)) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of Qwen's kind: pieces made of bytes, no beginning of a sequence; up to 20 merges."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = len(specials) + len(alphabet) + 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=specials[2], pad_token=specials[0])
+
+
 def llama(folder: Path) -> Path:
     """Write Llama with grouped-query attention and an untied head."""
     return _save_lm(LlamaForCausalLM, LlamaConfig, {**LM_SIZES, "num_key_value_heads": 1}, folder)
@@ -224,19 +269,49 @@ def gpt_neox(folder: Path) -> Path:
     return _save_lm(GPTNeoXForCausalLM, GPTNeoXConfig, LM_SIZES, folder)
 
 
-LMS: dict[str, Callable[[Path], Path]] = {"llama": llama, "gemma3": gemma3, "gpt_neox": gpt_neox}
+def qwen2(folder: Path) -> Path:
+    """Write Qwen 2: biases on query, key and value, a tied head, a tokenizer of its own kind."""
+    return _save_lm(Qwen2ForCausalLM, Qwen2Config, {**LM_SIZES, "num_key_value_heads": 1, **TIED}, folder)
+
+
+def qwen3(folder: Path) -> Path:
+    """Write Qwen 3: norms on query and key, heads of a width of their own, a tokenizer of Qwen's kind."""
+    return _save_lm(Qwen3ForCausalLM, Qwen3Config, {**LM_SIZES, "num_key_value_heads": 1, "head_dim": 12}, folder)
+
+
+def mistral(folder: Path) -> Path:
+    """Write Mistral: a sliding window of 8 in every layer."""
+    sizes = {**LM_SIZES, "num_key_value_heads": 1, "sliding_window": 8}
+    return _save_lm(MistralForCausalLM, MistralConfig, sizes, folder)
+
+
+LMS: dict[str, Callable[[Path], Path]] = {
+    "llama": llama,
+    "gemma3": gemma3,
+    "gpt_neox": gpt_neox,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "mistral": mistral,
+}
+BYTE_FALLBACK = ("llama", "gemma3", "gpt_neox", "mistral")  # those whose vocabulary can be cut
 LORA_TARGETS = {
     "llama": ("q_proj", "v_proj"),
     "gemma3": ("q_proj", "v_proj"),
     "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("k_proj", "o_proj"),
+    "mistral": ("gate_proj", "down_proj"),
 }
 
 
 def _save_lm(kind: type, config_kind: type, sizes: Mapping[str, object], folder: Path) -> Path:
     torch.manual_seed(7)
-    made = tokenizer()
-    config = config_kind(vocab_size=len(made), max_position_embeddings=256, **sizes, **SPREAD, **ENDS)
-    kind(config).save_pretrained(folder)
+    made = byte_level_tokenizer() if kind in {Qwen2ForCausalLM, Qwen3ForCausalLM} else tokenizer()
+    rows = {"vocab_size": len(tokenizer())}  # more than Qwen's tokens, as in its published models
+    model = kind(config_kind(**rows, max_position_embeddings=256, **sizes, **SPREAD, **ENDS))
+    if kind is Qwen2ForCausalLM:
+        _shake(model)  # elsewhere there are no biases, or zeros are what they begin as
+    model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
 
@@ -273,7 +348,7 @@ def speech_llm(folder: Path, name: str, projector: Projector, width_h: int = WID
     for key, value in (*lora_state(lm).items(), *made.named_parameters()):
         if "lora_B" in key or key.startswith("residual"):
             torch.nn.init.normal_(value, std=0.3)
-    return SpeechLlm(made, lm, PROMPT)
+    return SpeechLlm(made, lm, FORM)
 
 
 def feature_folder(folder: Path, texts: Mapping[str, str], num_frames: Mapping[str, int]) -> Path:

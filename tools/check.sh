@@ -7,6 +7,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
 ruff format --check --quiet .
 ruff check --quiet .
-mypy speechllm egs/jsut/asr1/local tools test
+mypy speechllm egs/jsut/asr1/local tools test egs/TEMPLATE/asr1/skeleton/from_utterances.py
 shellcheck "${scripts[@]}"
-pytest "$@"
+pytest --numprocesses 2 --dist loadfile "$@"

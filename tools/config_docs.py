@@ -19,6 +19,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "lm": schema.LmConfig,
     "projector (kind: conv_mlp)": schema.ConvMlpProjector,
     "projector (kind: linear)": schema.LinearProjector,
+    "projector (kind: nue)": schema.NueProjector,
     "projector (kind: ctc)": schema.CtcProjector,
     "lora": schema.LoraConfig,
     "train": schema.TrainConfig,
@@ -34,8 +35,8 @@ def page() -> str:
         "# Configuration",
         "",
         "Made by `python tools/config_docs.py`. A configuration is YAML; an unknown or repeated key, a tag or an alias",
-        "is an error. `speechllm train --set key.key=value` changes a field. The resolved configuration is kept in the",
-        "experiment.",
+        "is an error. `extends: NAME.yaml` takes over the file of that name beside it; only what differs is then said.",
+        "`speechllm train --set key.key=value` changes a field. The resolved configuration is kept in the experiment.",
     ]
     for name, section in SECTIONS.items():
         lines += ["", f"## {name or 'top level'}", "", "| field | default | range | meaning |", "|---|---|---|---|"]
@@ -49,7 +50,7 @@ def _row(key: str, field: FieldInfo) -> str:
     elif isinstance(field.default, BaseModel):
         default = "see below"
     else:
-        default = f"`{field.default}`"
+        default = "`" + str(field.default).replace("\n", "\\n") + "`"
     bounds = [
         f"{sign} {getattr(item, attribute):g}"
         for item in field.metadata

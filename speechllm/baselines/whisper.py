@@ -13,7 +13,7 @@ from speechllm.errors import DataError
 from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.lengths import WHISPER_HOP, WHISPER_MAX_MEL_FRAMES
 from speechllm.model import hub
-from speechllm.runtime import pick_device, provenance, write_json
+from speechllm.runtime import device_name, pick_device, provenance, write_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 RECORD = "decode.json"
 LONGEST_SAMPLES = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
-MAX_NEW_TOKENS = 224  # half of Whisper's context, the rest is its prompt's (Radford 2022, sec. 2.3)
 
 
 @torch.inference_mode()
@@ -45,7 +44,8 @@ def transcribe_dir(data_dir: Path, out: Path, model_name: str, batch_size: int) 
         begin(out / RECORD, record, data_dir=str(data_dir))
         texts, rtf = _transcribe(data, transcriber, model_name, batch_size)
         write_json(out / "rtf.json", rtf)
-        write_json(out / "provenance.json", provenance({"model": found.record()}))
+        notes = {"model": found.record(), "device": device_name(transcriber.device), "data": record["data"]}
+        write_json(out / "provenance.json", provenance(notes))
         kaldi.write_table(out / "text", texts)
         finish(out / RECORD)
     return len(texts)
@@ -101,7 +101,8 @@ class _Transcriber:
             task="transcribe",
             do_sample=False,
             num_beams=1,
-            max_new_tokens=MAX_NEW_TOKENS,
+            # half of the context, 224 tokens; the rest is the prompt's (Radford 2022, sec. 2.3)
+            max_new_tokens=self.model.config.max_target_positions // 2,
         )
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

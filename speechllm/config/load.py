@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_YAML_BYTES = 1 << 20
+EXTENDS = "extends"
+PLAIN_NAME = re.compile(r"[\w-]+\.yaml")
 REFUSED = {yaml.AliasToken: "aliases are", yaml.TagToken: "tags are"}
 
 
@@ -103,18 +105,45 @@ def _parse(text: str, name: str) -> Any:
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Return the configuration in `path`, changed by ``key.key=value`` overrides.
 
+    With ``extends: NAME.yaml`` it says only what differs from that file beside it.
+
     Raises:
         ConfigError: an unknown key (the nearest right one is named), a wrong type or range.
     """
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(path, "holds no mapping", "see conf/ for examples")
+    content = _read_whole(path)
     for override in overrides:
         _apply(content, override)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         raise _explain(path, error) from error
+
+
+def _read_whole(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the content of a file laid over those that it extends."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(path, "holds no mapping", "see conf/ for examples")
+    base = content.pop(EXTENDS, None)
+    if base is None:
+        return content
+    if not isinstance(base, str) or PLAIN_NAME.fullmatch(base) is None:
+        raise ConfigError(path, f"extends {base!r}, which names no file beside it", "write extends: NAME.yaml")
+    if path in extended_by:
+        raise ConfigError(path, "extends itself", "take out one extends")
+    return _laid_over(_read_whole(path.parent / base, (*extended_by, path)), content)
+
+
+def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes`, mapping by mapping; one of another `kind` takes the place of the old."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = _laid_over(old, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -132,6 +161,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 def _explain(path: Path, error: ValidationError) -> ConfigError:
     first = error.errors()[0]
+    if not first["loc"]:  # fields that contradict each other
+        return ConfigError(path, first["msg"].removeprefix("Value error, "), "see docs/configuration.md")
     keys = [str(part) for part in first["loc"]]
     name = ".".join(keys)
     where = f"{path}:{_line_of(path, keys)}"

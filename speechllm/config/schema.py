@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 DEFAULT_PROMPT = "音声を書き起こしてください。"
+DEFAULT_TEMPLATE = "{prompt}\n{audio}\n"
 
 
 class Section(BaseModel):
@@ -33,6 +34,8 @@ class EncoderConfig(Section):
     """Whisper only: pad every utterance to 30 s as in its training, and keep only the true frames."""
     dtype: DtypeName = "float32"
     """Precision the encoder computes in; the store holds float16 either way."""
+    train: bool = False
+    """Train all of it too; frames are then made anew in every step, from data directories instead of dumps."""
 
 
 class LmConfig(Section):
@@ -46,6 +49,10 @@ class LmConfig(Section):
     """Precision of the frozen weights in training; auto is bfloat16 where the machine computes in it, else float32."""
     cut_vocabulary: bool = False
     """Keep only the tokens that Japanese text and the training set use; other text falls back to bytes."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen linear layers in four bits (QLoRA); the rest stays in `dtype`."""
+    train: bool = False
+    """Train all of it instead of an adapter; its weights are then held in float32."""
 
 
 class LoraConfig(Section):
@@ -81,6 +88,17 @@ class LinearProjector(Section):
     """Encoder frames stacked into one projected token."""
 
 
+class NueProjector(Section):
+    """Nue-ASR's bridge: two strided convolutions with GELU, then one linear map (Hono 2023, sec. 3.1)."""
+
+    kind: Literal["nue"] = "nue"
+    """Names this variant."""
+    kernel: Annotated[int, Field(ge=1, le=50)] = 4
+    """Frames that each convolution sees; nothing is padded."""
+    stride: Annotated[int, Field(ge=1, le=50)] = 2
+    """Stride of each convolution."""
+
+
 class CtcProjector(Section):
     """A kana recogniser in front: its posteriors weight the language model's own kana embeddings."""
 
@@ -100,7 +118,7 @@ class CtcProjector(Section):
     """Encoder frames a batch of these passes, padding included."""
 
 
-Projector = Annotated[ConvMlpProjector | LinearProjector | CtcProjector, Field(discriminator="kind")]
+Projector = Annotated[ConvMlpProjector | LinearProjector | NueProjector | CtcProjector, Field(discriminator="kind")]
 
 
 class AugmentConfig(Section):
@@ -131,6 +149,10 @@ class TrainConfig(Section):
     """Learning rate of the projector after the warm-up."""
     lora_lr: PositiveFloat = 1e-4
     """Learning rate of the adapter after the warm-up."""
+    adapter_from: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Part of the steps that train the projector alone; then the adapter joins, with a warm-up of its own."""
+    base_lr: PositiveFloat = 1e-5
+    """Learning rate of encoder and language model where they are trained themselves."""
     warmup: Fraction = 0.03
     """Part of the steps over which the learning rate rises linearly; then it falls as a cosine."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -164,6 +186,8 @@ class DecodeConfig(Section):
     """Most tokens a second of sound, on top of the next."""
     extra_tokens: PositiveInt = 20
     """Tokens allowed whatever the duration."""
+    min_tokens: Annotated[int, Field(ge=0, le=100)] = 0
+    """Fewest tokens before the end of the text is allowed."""
     normalize: str = "raw"
     """Text profile applied to what was decoded, for a reader; scoring has its own."""
 
@@ -176,7 +200,9 @@ class Config(Section):
     device: DeviceName = "auto"
     """`auto` takes the GPU where there is one."""
     prompt: str = DEFAULT_PROMPT
-    """What the language model is asked, before the sound; stored with the model."""
+    """What the language model is asked; stored with the model."""
+    template: str = DEFAULT_TEMPLATE
+    """What the language model reads before its answer: `{prompt}` and `{audio}` stand for themselves."""
     encoder: EncoderConfig
     """Frozen speech encoder."""
     lm: LmConfig
@@ -189,3 +215,16 @@ class Config(Section):
     """Training."""
     decode: DecodeConfig = DecodeConfig()
     """Decoding."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        """Refuse what cannot be meant."""
+        if self.template.count("{audio}") != 1:
+            raise ValueError("template must hold {audio} once")
+        if self.lm.train and (self.lora is not None or self.lm.quantize is not None):
+            raise ValueError("lm.train goes with lora: null and lm.quantize: null")
+        if self.lora is None and self.train.adapter_from:
+            raise ValueError("train.adapter_from needs an adapter (lora)")
+        if self.encoder.train and self.train.augment != AugmentConfig():
+            raise ValueError("train.augment changes stored features, which encoder.train does without")
+        return self

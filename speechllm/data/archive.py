@@ -6,7 +6,6 @@ reads: `Store` takes the values of a header that it knows byte by byte. The only
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import TYPE_CHECKING
 
@@ -43,12 +42,6 @@ def write_archive(ark: Path, items: Iterator[tuple[str, NDArray[np.float16]]]) -
             writer(key, np.ascontiguousarray(matrix, dtype=np.float16))
             frames[key] = len(matrix)
     return frames
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Store:

@@ -13,6 +13,7 @@ from speechllm.errors import DataError
 from speechllm.runtime import derive_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -53,6 +54,10 @@ class FeatureSet:
     def frames(self, utt_id: str) -> NDArray[np.float32]:
         """Return the features [e h] of an utterance."""
         return self.store.read(utt_id).astype(np.float32)
+
+    def frames_of(self, utt_ids: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return the features [e h] of several utterances."""
+        return [self.frames(utt_id) for utt_id in utt_ids]
 
 
 def _seconds(folder: Path, utt_id: str, value: str) -> float:

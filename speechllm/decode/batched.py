@@ -50,10 +50,10 @@ def decode(
 
 def max_tokens(config: DecodeConfig, duration_s: float) -> int:
     """Return the most tokens that the text of so many seconds may have."""
-    return config.extra_tokens + int(config.tokens_per_s * duration_s)
+    return config.extra_tokens + int(config.tokens_per_s * duration_s + 0.5)
 
 
 def to_text(model: SpeechLlm, hypothesis: Hypothesis) -> Text:
-    """Return a hypothesis as one line of text; runs of blanks are folded."""
-    text = str(model.lm.tokenizer.decode(list(hypothesis.tokens), skip_special_tokens=True))
+    """Return a hypothesis as one line of text; runs of blanks are folded, and NUL, which no text file holds, goes."""
+    text = str(model.lm.tokenizer.decode(list(hypothesis.tokens), skip_special_tokens=True)).replace("\0", "")
     return Text(" ".join(text.split()), hypothesis.log_prob, len(hypothesis.log_probs), hypothesis.ended)

@@ -13,21 +13,19 @@ from tqdm import tqdm
 
 from speechllm.config.schema import DecodeConfig
 from speechllm.data import kaldi
-from speechllm.data.archive import sha256
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
-from speechllm.errors import ModelError
+from speechllm.errors import ConfigError
 from speechllm.folders import begin, finish, is_made, only_writer
-from speechllm.model import hub
-from speechllm.model.assemble import TRAINED_FILE, load_model, read_model
-from speechllm.model.encoder import load_encoder, read_for
+from speechllm.model.assemble import PROVENANCE_FILE, TRAINED_FILE, encoder_of, find_encoder, load_model, read_model
+from speechllm.model.encoder import read_for
 from speechllm.model.identity import check_dump
 from speechllm.model.speechllm import pad_frames
-from speechllm.runtime import pick_device, provenance, write_json, write_text
+from speechllm.runtime import device_name, pick_device, provenance, read_json, sha256, write_json, write_text
 from speechllm.text.normalize import get_profile, normalize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from speechllm.config.schema import Config
     from speechllm.decode.batched import Fetch
     from speechllm.model.assemble import Origin
-    from speechllm.model.encoder import SpeechEncoder
     from speechllm.model.speechllm import SpeechLlm
 
 log = logging.getLogger(__name__)
@@ -49,7 +46,8 @@ class Source:
     """Where frames come from: a store, or the encoder on the spot."""
 
     durations_s: Mapping[str, float]
-    fetch: Fetch
+    fetch_for: Callable[[SpeechLlm], Fetch]
+    """The model to what hands it the frames of utterances."""
     identity: str
     encodes: bool
     """Whether the encoder's time is part of fetching."""
@@ -84,9 +82,21 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
         times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
         rtf = {**times, "audio_s": sum(waiting.values()), "encoder_included": source.encodes}
         _write(out, found, settings, rtf)
+        notes = {
+            "device": device_name(model.lm.model.device),
+            "data": source.identity,
+            "training": _training(model_dir),
+        }
+        write_json(out / PROVENANCE_FILE, provenance(notes))
         finish(out / RECORD)
         (out / PARTIAL).unlink()
     return len(waiting)
+
+
+def _training(model_dir: Path) -> dict[str, object]:
+    """Return what training the model took, where its folder says so."""
+    notes = model_dir / PROVENANCE_FILE
+    return read_json(notes) if notes.is_file() else {}
 
 
 def _decode_waiting(
@@ -98,7 +108,7 @@ def _decode_waiting(
         partial.open("a", encoding="utf-8") as stream,
         tqdm(total=len(waiting), desc="decode", unit="utt", disable=None) as bar,
     ):
-        for batch in decode(model, waiting, source.fetch, settings):
+        for batch in decode(model, waiting, source.fetch_for(model), settings):
             for utt_id, nbest in batch.items():
                 stream.write(_nbest_line(utt_id, nbest))
             stream.flush()
@@ -135,7 +145,6 @@ def _write(out: Path, found: Mapping[str, list[Text]], settings: DecodeConfig, r
     factor = rtf["wall_s"] / rtf["audio_s"] if rtf["audio_s"] else None
     cut = sum(not found[key][0].ended for key in ordered)
     write_json(out / "rtf.json", {**rtf, "rtf": factor, "cut": cut})
-    write_json(out / "provenance.json", provenance())
     kaldi.write_table(out / "text", texts)
 
 
@@ -146,32 +155,35 @@ def _source(data_dir: Path, config: Config, origin: Origin) -> Source:
 
 
 def _from_store(folder: Path, config: Config, origin: Origin) -> Source:
+    if config.encoder.train:
+        what = "holds features of the encoder as it was before training"
+        raise ConfigError(folder, what, "decode the data directory itself")
     features = FeatureSet(folder)
     record = check_dump(folder, config.encoder, origin.encoder_fingerprint)
     device = pick_device(config.device)
 
     def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
-        return pad_frames([torch.from_numpy(features.frames(utt_id)) for utt_id in utt_ids], device)
+        return pad_frames([torch.from_numpy(matrix) for matrix in features.frames_of(utt_ids)], device)
 
     durations = {key: example.duration_s for key, example in features.examples.items()}
-    return Source(durations, fetch, str(record["data"]), encodes=False)
+    return Source(durations, lambda _: fetch, str(record["data"]), encodes=False)
 
 
 def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
     data = kaldi.load(folder, need_text=False)
-    found = hub.resolve(config.encoder.name, config.encoder.revision)
-    if found.fingerprint != origin.encoder_fingerprint:
-        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with"
-        raise ModelError(found.folder, what, "use the encoder that it was trained with")
+    find_encoder(config, origin)  # another one is refused now, not after the model is loaded
     device = pick_device(config.device)
-    loaded: list[SpeechEncoder] = []
 
-    def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
-        if not loaded:
-            loaded.append(load_encoder(config.encoder, found, device))
-        waves = [read_for(loaded[0], data.utterances[utt_id]) for utt_id in utt_ids]
-        # the store rounds to float16, and so does this: the texts are the same either way
-        return pad_frames([frames.half().float() for frames in loaded[0].encode(waves)], device)
+    def fetch_for(model: SpeechLlm) -> Fetch:
+        trained = model.encoder is not None
+        encoder = model.encoder or encoder_of(config, origin)
+
+        def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
+            frames = encoder.encode([read_for(encoder, data.utterances[utt_id]) for utt_id in utt_ids])
+            # the store rounds to float16, and so does this: the texts are the same either way
+            return pad_frames(frames if trained else [one.half().float() for one in frames], device)
+
+        return fetch
 
     durations = {key: utt.duration_s() for key, utt in data.utterances.items()}
-    return Source(durations, fetch, kaldi.audio_hash(data), encodes=True)
+    return Source(durations, fetch_for, kaldi.audio_hash(data), encodes=True)

@@ -118,6 +118,9 @@ def _advance(
 ) -> list[list[tuple[int, int]]]:
     """Extend every live hypothesis; return for each utterance the (row, token) of its new live ones."""
     end: int = lm.tokenizer.eos_token_id
+    length = len(utterances[0].live[0].tokens)  # the same for all that live
+    if length < config.min_tokens:
+        log_probs_rv[:, end] = -torch.inf
     width = min(2 * config.beam, log_probs_rv.shape[1])
     top_rv = log_probs_rv.topk(width, dim=-1)
     values, ids = top_rv.values.tolist(), top_rv.indices.tolist()

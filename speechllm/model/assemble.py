@@ -10,20 +10,24 @@ import torch
 from speechllm.config import load as configs
 from speechllm.errors import ModelError
 from speechllm.model import hub, lm
+from speechllm.model.encoder import load_encoder
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
 from speechllm.model.state import check_keys, load_tensors, save_tensors
 from speechllm.runtime import derive_seed, pick_device, read_json, write_json
+from speechllm.text.prompt import Form
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from speechllm.config.schema import Config
+    from speechllm.model.encoder import SpeechEncoder
 
 CONFIG_FILE = "config.yaml"
 MODEL_FILE = "model.json"
 TRAINED_FILE = "trained.safetensors"
+PROVENANCE_FILE = "provenance.json"
 FORMAT = 1
 
 
@@ -46,8 +50,10 @@ def origin_of(config: Config, width_h: int, encoder_fingerprint: str, texts: Seq
     return Origin(width_h, encoder_fingerprint, found.fingerprint, kept)
 
 
-def assemble(config: Config, origin: Origin, dtype: str) -> SpeechLlm:
+def assemble(config: Config, origin: Origin, dtype: str, encoder: SpeechEncoder | None = None) -> SpeechLlm:
     """Return the untrained model: new weights are a function of the seed alone.
+
+    An `encoder` that is there already is taken where the encoder is to be trained.
 
     Raises:
         ModelError: the language model is not the one of `origin`.
@@ -57,12 +63,37 @@ def assemble(config: Config, origin: Origin, dtype: str) -> SpeechLlm:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
         raise ModelError(found.folder, what, "use the language model that it was trained with")
     device = pick_device(config.device)
-    language_model = lm.load_lm(found, dtype, device, origin.kept_ids)
+    language_model = lm.load_lm(found, dtype, device, origin.kept_ids, config.lm.quantize)
     torch.manual_seed(derive_seed("weights", config.seed))
     if config.lora is not None:
         lm.add_lora(language_model, config.lora)
+    elif config.lm.train:
+        language_model.model.requires_grad_(requires_grad=True)
     projector = build_projector(config.projector, origin.width_h, language_model.width, kana_embeddings(language_model))
-    return SpeechLlm(projector.to(device), language_model, config.prompt)
+    form = Form(config.prompt, config.template)
+    if not config.encoder.train:
+        return SpeechLlm(projector.to(device), language_model, form)
+    encoder = encoder or encoder_of(config, origin)
+    encoder.module.requires_grad_(requires_grad=True)
+    return SpeechLlm(projector.to(device), language_model, form, encoder)
+
+
+def find_encoder(config: Config, origin: Origin) -> hub.Resolved:
+    """Return where the encoder is that a model was trained with.
+
+    Raises:
+        ModelError: the one found is another.
+    """
+    found = hub.resolve(config.encoder.name, config.encoder.revision)
+    if found.fingerprint != origin.encoder_fingerprint:
+        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with"
+        raise ModelError(found.folder, what, "use the encoder that it was trained with")
+    return found
+
+
+def encoder_of(config: Config, origin: Origin) -> SpeechEncoder:
+    """Return the encoder that a model was trained with, as published; see `find_encoder`."""
+    return load_encoder(config.encoder, find_encoder(config, origin), pick_device(config.device))
 
 
 def save_model(folder: Path, model: SpeechLlm, config: Config, origin: Origin) -> None:
@@ -105,8 +136,7 @@ def load_model(folder: Path, device: str | None = None) -> SpeechLlm:
     state = load_tensors(folder / TRAINED_FILE)
     check_keys(folder / TRAINED_FILE, state, model.trainable_state())
     model.load_trainable(state)
-    if model.lm.model.dtype == torch.float32:
-        lm.merge_lora(model.lm)
+    lm.merge_lora(model.lm)
     return model.eval()
 
 

@@ -67,13 +67,18 @@ def _announce(name: str, source: str, licence: str) -> None:
     log.info("model name=%s source=%s licence=%s", name, source, licence)
 
 
-def _find(name: str, revision: str | None) -> tuple[Path, str]:
+def find_local(name: str) -> Path | None:
+    """Return the folder that the name means on this machine, packages and caches left out."""
     local = [Path(name)]
     if os.environ.get("SPEECHLLM_MODELS"):
         local.append(Path(os.environ["SPEECHLLM_MODELS"]) / name)
-    for folder in local:
-        if folder.is_dir():
-            return folder, "local folder"
+    return next((folder for folder in local if folder.is_dir()), None)
+
+
+def _find(name: str, revision: str | None) -> tuple[Path, str]:
+    local = find_local(name)
+    if local is not None:
+        return local, "local folder"
     cached = _from_hub(name, revision, local_only=True)
     if cached is not None and _is_whole(cached):
         return cached, "model hub (cached)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,17 +93,27 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_lm(found: Resolved, dtype: str, device: torch.device, kept_ids: Sequence[int] | None) -> LanguageModel:
+def load_lm(
+    found: Resolved,
+    dtype: str,
+    device: torch.device,
+    kept_ids: Sequence[int] | None,
+    quantize: str | None = None,
+) -> LanguageModel:
     """Return the language model in `found`, frozen, its vocabulary cut to `kept_ids` where given.
+
+    `quantize` names a four-bit form for the linear layers (Dettmers 2023, sec. 3).
 
     Raises:
         ModelError: the folder holds no causal language model, or not all of its weights.
+        ConfigError: the library that quantizes is not installed.
     """
     from transformers import AutoModelForCausalLM
 
+    settings = {} if quantize is None else _quantized(quantize, dtype, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            found.folder, dtype=torch_dtype(dtype), output_loading_info=True
+            found.folder, dtype=torch_dtype(dtype), output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
@@ -114,11 +125,33 @@ def load_lm(found: Resolved, dtype: str, device: torch.device, kept_ids: Sequenc
         vocabulary.cut_model(model, kept_ids)
         tokenizer = vocabulary.cut_tokenizer(tokenizer, kept_ids)
     model.requires_grad_(requires_grad=False)
-    model.to(device).eval()
+    if quantize is None:
+        model.to(device)
+    model.eval()
     return LanguageModel(model, tokenizer, None if kept_ids is None else tuple(kept_ids))
 
 
+def _quantized(kind: str, dtype: str, device: torch.device) -> dict[str, object]:
+    """Return the loader's settings for four-bit layers; their scales are quantized too, as in QLoRA."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("lm.quantize", "needs the package bitsandbytes", "run: pip install -e .[qlora]")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def add_lora(lm: LanguageModel, config: LoraConfig) -> None:
+    """Add the configured adapters to a language model; see `add_lora_layers`."""
+    add_lora_layers(lm.model, config)
+
+
+def add_lora_layers(model: nn.Module, config: LoraConfig) -> None:
     """Add trainable float32 adapters to the linear layers that the configuration names, in place.
 
     Raises:
@@ -127,7 +160,7 @@ def add_lora(lm: LanguageModel, config: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    names = {name.rsplit(".", 1)[-1] for name, part in lm.model.named_modules() if isinstance(part, nn.Linear)}
+    names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     for target in config.targets:
         if target not in names:
             fix = f"choose from {', '.join(sorted(names))}"
@@ -139,16 +172,21 @@ def add_lora(lm: LanguageModel, config: LoraConfig) -> None:
             lora_dropout=config.dropout,
             target_modules=list(config.targets),
         ),
-        lm.model,
+        model,
     )
-    for name, parameter in lm.model.named_parameters():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(LORA_KEY in name)
         if LORA_KEY in name:
             parameter.data = parameter.data.float()
 
 
 def merge_lora(lm: LanguageModel) -> None:
-    """Add each adapter's product to its layer's weight, so that decoding pays nothing for it."""
+    """Add each adapter's product to its layer's weight, so that decoding pays nothing for it.
+
+    Only float32 weights: in smaller ones, or in four bits, rounding would lose part of the adapter.
+    """
+    if lm.model.dtype != torch.float32 or getattr(lm.model, "is_quantized", False):
+        return
     for _, module in lm.model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "merge"):
             module.merge(safe_merge=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm import lengths
-from speechllm.config.schema import ConvMlpProjector, CtcProjector, LinearProjector
+from speechllm.config.schema import ConvMlpProjector, CtcProjector, LinearProjector, NueProjector
 from speechllm.model.ctc import CtcHead, collapse
 
 if TYPE_CHECKING:
@@ -67,6 +67,31 @@ class Linear(nn.Module):
         return [row[:count] for row, count in zip(self.out(stacked), tokens_b, strict=True)]
 
 
+class NueBridge(nn.Module):
+    """Two strided convolutions with GELU, then a linear map, nothing padded (Hono 2023, sec. 3.1)."""
+
+    def __init__(self, config: NueProjector, width_h: int, width_d: int) -> None:
+        """Make it for frames of `width_h` and vectors of `width_d`."""
+        super().__init__()
+        self.kernels, self.strides = (config.kernel,) * 2, (config.stride,) * 2
+        self.shortest = lengths.shortest_input(self.kernels, self.strides)
+        self.convs = nn.ModuleList([nn.Conv1d(width_h, width_h, config.kernel, config.stride) for _ in range(2)])
+        self.out = nn.Linear(width_h, width_d)
+
+    def expected_tokens(self, num_frames: int) -> int:
+        """Return the tokens that `num_frames` become."""
+        return lengths.conv_frames(max(num_frames, self.shortest), self.kernels, self.strides)
+
+    def forward(self, frames_beh: Tensor, frames_b: Sequence[int]) -> list[Tensor]:
+        """Return vectors [p d] of each utterance; one too short for a token is filled with zeros."""
+        tokens_b = [self.expected_tokens(count) for count in frames_b]
+        hidden_bhe = _padded(frames_beh, max(self.shortest, frames_beh.shape[1])).transpose(1, 2)
+        for conv in self.convs:
+            hidden_bhe = nn.functional.gelu(conv(hidden_bhe))
+        vectors_bpd = self.out(hidden_bhe.transpose(1, 2))
+        return [row[:count] for row, count in zip(vectors_bpd, tokens_b, strict=True)]
+
+
 class CtcBridge(nn.Module):
     """A kana recogniser whose posteriors, one vector a kana, weight the LM's own kana embeddings.
 
@@ -108,7 +133,7 @@ def _padded(frames_beh: Tensor, length: int) -> Tensor:
     return nn.functional.pad(frames_beh, (0, 0, 0, missing)) if missing > 0 else frames_beh[:, :length]
 
 
-AnyProjector = ConvMlp | Linear | CtcBridge
+AnyProjector = ConvMlp | Linear | NueBridge | CtcBridge
 
 
 def build_projector(config: Projector, width_h: int, width_d: int, kana_kd: Tensor) -> AnyProjector:
@@ -117,4 +142,6 @@ def build_projector(config: Projector, width_h: int, width_d: int, kana_kd: Tens
         return ConvMlp(config, width_h, width_d)
     if isinstance(config, LinearProjector):
         return Linear(config, width_h, width_d)
+    if isinstance(config, NueProjector):
+        return NueBridge(config, width_h, width_d)
     return CtcBridge(config, width_h, kana_kd)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.model.ctc import KANA
-from speechllm.model.lm import LanguageModel, lora_state
 from speechllm.text import prompt as prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from speechllm.model.encoder import SpeechEncoder
+    from speechllm.model.lm import LanguageModel
     from speechllm.model.projector import AnyProjector
 
 IGNORED = -100  # a label that costs nothing
@@ -35,15 +36,20 @@ class Spliced:
 
 
 class SpeechLlm(nn.Module):
-    """A trainable projector before a frozen language model with an adapter."""
+    """A trainable projector before a language model, which is frozen below its adapter or trained whole."""
 
-    def __init__(self, projector: AnyProjector, lm: LanguageModel, prompt: str) -> None:
-        """Join the parts; `prompt` is what the language model is asked."""
+    def __init__(
+        self, projector: AnyProjector, lm: LanguageModel, form: prompts.Form, encoder: SpeechEncoder | None = None
+    ) -> None:
+        """Join the parts; `form` is what the language model reads around the sound, `encoder` one that is trained."""
         super().__init__()
         self.projector = projector
         self.lm_model = lm.model  # registered, so that train(), to() and parameters() reach it
         self.lm = lm
-        self.prompt = prompt
+        self.form = form
+        self.encoder = encoder
+        if encoder is not None:
+            self.encoder_model = encoder.module
 
     def splice(
         self,
@@ -74,7 +80,7 @@ class SpeechLlm(nn.Module):
 
     def _row(self, audio_pd: Tensor, answer: str | None) -> tuple[Tensor, list[int]]:
         """Return the vectors [l d] of one utterance and the labels of its positions."""
-        parts = prompts.build(self.lm.tokenizer, self.prompt, answer)
+        parts = prompts.build(self.lm.tokenizer, self.form, answer)
         vectors = self.lm.embed([*parts.before, *parts.after, *parts.answer])
         start, stop = len(parts.before), len(parts.before) + len(parts.after)
         joined = torch.cat([vectors[:start], audio_pd.to(vectors.dtype), vectors[start:]])
@@ -85,7 +91,7 @@ class SpeechLlm(nn.Module):
 
     def expected_positions(self, num_frames: int, answer: str) -> int:
         """Return about how many positions of the language model an utterance takes."""
-        parts = prompts.build(self.lm.tokenizer, self.prompt, answer)
+        parts = prompts.build(self.lm.tokenizer, self.form, answer)
         around = len(parts.before) + len(parts.after) + len(parts.answer)
         return around + self.projector.expected_tokens(num_frames)
 
@@ -102,13 +108,17 @@ class SpeechLlm(nn.Module):
         return nn.functional.cross_entropy(logits_xv, wanted_x, reduction="sum"), len(wanted_x)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name: the projector (with its frozen head) and the adapter."""
+        """Return what training changes, by name: the projector (with its frozen head), and adapter or whole models."""
         state = {f"projector.{name}": value for name, value in self.projector.state_dict().items()}
-        return state | {f"lm.{name}": value.detach() for name, value in lora_state(self.lm).items()}
+        parts = {"lm": self.lm_model} if self.encoder is None else {"lm": self.lm_model, "encoder": self.encoder_model}
+        for prefix, part in parts.items():
+            trained = {name: value.detach() for name, value in part.named_parameters() if value.requires_grad}
+            state |= {f"{prefix}.{name}": value for name, value in trained.items()}
+        return state
 
     @torch.no_grad()
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
-        """Fill projector and adapter; the caller has checked that the keys agree."""
+        """Fill what training changes; the caller has checked that the keys agree."""
         own = self.trainable_state()
         for name, value in state.items():
             own[name].copy_(value)

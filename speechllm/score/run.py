@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import ConfigError, DataError
-from speechllm.runtime import write_json, write_text
+from speechllm.runtime import read_json, sha256, write_json, write_text
 from speechllm.score import interchange, report
 from speechllm.score.breakdown import breakdown, forgiven
 from speechllm.score.compare import COMPARED_METRICS, compare_systems, comparison_text
@@ -77,8 +77,16 @@ def score_files(ref: Path, hyp: Path, out: Path, options: ScoreOptions) -> dict[
         interchange.forgiven_table(forgiven(system.scores)) if "cer_lenient" in options.metrics else None,
     )
     _write_or_clear(out / "report.html", _report_page([system], out, options) if options.report else None)
-    write_json(out / "score.json", system.result)  # last: its presence means that the rest is there
-    return system.result
+    result = {**system.result, "made_from": _made_from(ref, hyp)}
+    write_json(out / "score.json", result)  # last: its presence means that the rest is there
+    return result
+
+
+def _made_from(ref: Path, hyp: Path) -> dict[str, object]:
+    """What was scored, by its sums, and how the hypotheses came about, where the folder they lie in says so."""
+    notes = hyp.parent / "provenance.json"
+    run = read_json(notes) if notes.is_file() else {}
+    return {"ref_sha256": sha256(ref), "hyp_sha256": sha256(hyp), "run": run}
 
 
 def _write_or_clear(path: Path, text: str | None) -> None:

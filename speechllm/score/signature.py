@@ -29,7 +29,7 @@ def signature(metric: str, profile_tag: str, settings: Mapping[str, str]) -> str
     parts |= {
         **settings,
         "unicode": unicodedata.unidata_version,
-        "tool": f"speechllm-{_tool_version()}",
+        "tool": tool(),
     }
     return "|".join(f"{name}:{value}" for name, value in parts.items())
 
@@ -41,9 +41,14 @@ def _dictionary_versions() -> dict[str, str]:
 
 
 @functools.cache
-def _tool_version() -> str:
-    """Version of this package; ``dev`` where it is not installed."""
+def tool() -> str:
+    """Name and version of this package; ``dev`` where it is not installed."""
     try:
-        return importlib.metadata.version("speechllm")
+        return f"speechllm-{importlib.metadata.version('speechllm')}"
     except importlib.metadata.PackageNotFoundError:
-        return "dev"
+        return "speechllm-dev"
+
+
+def made_by(line: str) -> str:
+    """Name and version of the package that made the signature `line`, empty where it does not say."""
+    return dict(part.partition(":")[::2] for part in line.split("|")).get("tool", "")

@@ -1,18 +1,39 @@
-"""The results table: Markdown from a description in YAML and from score files alone."""
+"""The results table: Markdown and LaTeX from a description in YAML and from score files alone."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from speechllm.config.load import read_yaml
 from speechllm.errors import ConfigError, DataError
-from speechllm.runtime import write_text
+from speechllm.runtime import sha256, write_text
+from speechllm.score.layout import Grid, as_latex, as_markdown
+from speechllm.score.signature import made_by, tool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 METRICS = {"cer": "CER %", "wer": "WER %"}
+SEED = "{seed}"
+
+
+class Published(BaseModel):
+    """What was published of a system."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cer: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Fraction, as score files have it."""
+    wer: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Fraction."""
+    trainable: str = ""
+    """As written there."""
+    source: str
 
 
 class Row(BaseModel):
@@ -22,11 +43,18 @@ class Row(BaseModel):
 
     name: str
     score: Path
-    """Its score.json, from the recipe's folder."""
-    exp: Path | None = None
-    """Our experiment folder, for what training took."""
+    """Its score.json, from the recipe's folder; ``{seed}`` stands for the seed where there are several."""
     command: str
     """What makes the score file."""
+    kept: Path | None = None
+    """A score file in the repository, shown where the row was not run here."""
+    conf: Path | None = None
+    """Its configuration, for one of our systems."""
+    model: str | None = None
+    """Its checkpoint, for a Whisper that was trained whole."""
+    seeds: tuple[int, ...] = (1,)
+    """One line of the table each."""
+    published: Published | None = None
     note: str = ""
 
 
@@ -41,67 +69,103 @@ class Table(BaseModel):
     rows: Annotated[list[Row], Field(min_length=1)]
 
 
-def write_table(path: Path, out: Path) -> str:
-    """Write the table that `path` describes to `out`, and return it.
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: a row with one seed, and its score where there is one."""
+
+    name: str
+    row: Row
+    command: str
+    score: dict[str, Any] | None
+    kept: bool
+    """Whether the score is the one in the repository."""
+
+
+def read_table(path: Path) -> Table:
+    """Return a table's description.
 
     Raises:
-        ConfigError: the description is wrong.
-        DataError: a score file is broken or older than its hypotheses.
+        ConfigError: it is wrong; the key is named.
     """
     try:
-        table = Table.model_validate(read_yaml(path))
+        return Table.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(path, f"{where}: {first['msg']}", "mend the table's description") from error
-    scores = {row.name: _read_score(row) for row in table.rows}
-    text = _markdown(table, scores)
+
+
+def write_table(paths: Sequence[Path], out: Path) -> str:
+    """Write the tables that `paths` describe to `out`, and beside it as LaTeX; return the Markdown.
+
+    Raises:
+        ConfigError: a description is wrong.
+        DataError: a score file is broken, older than its hypotheses, or made by another version of the scorer.
+    """
+    grids = [_grid(read_table(path)) for path in paths]
+    text = "\n".join(map(as_markdown, grids))
+    write_text(out.with_suffix(".tex"), "\n".join(map(as_latex, grids)))
     write_text(out, text)
     return text
 
 
-def _read_score(row: Row) -> dict[str, Any] | None:
-    """Return the content of a row's score file, None where the row was not run."""
-    if not row.score.is_file():
+def _entries(row: Row) -> list[Entry]:
+    """Return a row's lines: one for each seed."""
+    entries = []
+    for seed in row.seeds:
+        place = Path(str(row.score).replace(SEED, str(seed)))
+        name = row.name if len(row.seeds) == 1 else f"{row.name}, seed {seed}"
+        score, kept = _read_score(place, name), False
+        if score is None and row.kept is not None:
+            score, kept = _read_score(row.kept, name), True
+        entries.append(Entry(name, row, row.command.replace(SEED, str(seed)), score, kept and score is not None))
+    return entries
+
+
+def _read_score(path: Path, name: str) -> dict[str, Any] | None:
+    """Return the content of a score file, None where there is none."""
+    if not path.is_file():
         return None
-    hypotheses = row.score.parent / "text"
-    if hypotheses.is_file() and hypotheses.stat().st_mtime > row.score.stat().st_mtime:
-        raise DataError(row.score, f"is older than the hypotheses of row {row.name}", "run stage 5 again")
     try:
-        content: dict[str, Any] = json.loads(row.score.read_text(encoding="utf-8"))
-        _ = content["metrics"]["cer"]["value"], content["signature"]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["metrics"]["cer"]["value"], content["num_utts"]
+        scorer, hypotheses = made_by(content["signature"]), content["made_from"]["hyp_sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(row.score, f"is no score file of ours ({error!r})", "run stage 5 again") from error
+        raise DataError(path, f"is no score file of ours ({error!r})", "run stage 5 again") from error
+    if scorer != tool():
+        raise DataError(path, f"of row {name} was made by {scorer}, this is {tool()}", "run stage 5 again")
+    beside = path.parent / "text"
+    if beside.is_file() and sha256(beside) != hypotheses:
+        raise DataError(path, f"is older than the hypotheses of row {name}", "run stage 5 again")
     return content
 
 
-def _markdown(table: Table, scores: dict[str, dict[str, Any] | None]) -> str:
-    groups = sorted({name for score in scores.values() if score for name in score.get("groups", {})})
-    head = [
-        "system",
-        "trained",
-        *METRICS.values(),
-        *(f"CER %, {name}" for name in groups),
-        "utterances",
-    ]
-    lines = [f"# {table.title}", "", table.about.strip(), "", _row(head), _row(["---"] * len(head))]
-    for row in table.rows:
-        score = scores[row.name]
-        if score is None:
-            lines.append(_row([row.name, "", f"not run: `{row.command}`", *[""] * (len(head) - 3)]))
-            continue
-        shown = [_metric(score["metrics"].get(name)) for name in METRICS]
-        shown += [_metric(score.get("groups", {}).get(name, {}).get("metrics", {}).get("cer")) for name in groups]
-        lines.append(_row([row.name, _trained(row), *shown, str(score["num_utts"])]))
-    lines += ["", "In brackets: 95 % interval (utterance bootstrap).", ""]
-    lines += [f"* {row.name}: {row.note}" for row in table.rows if row.note]
-    for signature in sorted({score["signature"] for score in scores.values() if score}):
-        lines.append(f"* signature: `{signature}`")
-    return "\n".join(lines) + "\n"
+def _grid(table: Table) -> Grid:
+    entries = [entry for row in table.rows for entry in _entries(row)]
+    groups = sorted({name for entry in entries if entry.score for name in entry.score.get("groups", {})})
+    published = any(row.published for row in table.rows)
+    head = ["system", "trained"]
+    for title in METRICS.values():
+        head += [f"{title} published", title] if published else [title]
+    head += [*(f"CER %, {name}" for name in groups), "utterances"]
+    rows = [_cells(entry, groups, published=published) for entry in entries]
+    return Grid(table.title, table.about.strip(), head, rows, _notes(table, entries))
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _cells(entry: Entry, groups: Sequence[str], *, published: bool) -> list[str]:
+    """Return the cells of a line; where there was no run, the first measured one names the command."""
+    score = entry.score or {"metrics": {}, "num_utts": ""}
+    measured = {name: _metric(score["metrics"].get(name)) for name in METRICS}
+    if entry.score is None:
+        measured["cer"] = f"not run: `{entry.command}`"
+    cells = [entry.name, _trained(entry)]
+    for name, shown in measured.items():
+        if published:
+            value = getattr(entry.row.published, name, None)
+            cells.append("" if value is None else f"{100 * value:.1f}")
+        cells.append(shown)
+    cells += [_metric(score.get("groups", {}).get(name, {}).get("metrics", {}).get("cer")) for name in groups]
+    return [*cells, str(score["num_utts"])]
 
 
 def _metric(metric: dict[str, Any] | None) -> str:
@@ -111,9 +175,43 @@ def _metric(metric: dict[str, Any] | None) -> str:
     return f"{100 * metric['value']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def _trained(row: Row) -> str:
-    """Return trainable parameters and minutes of one of our runs."""
-    if row.exp is None or not (row.exp / "provenance.json").is_file():
-        return "no"
-    content = json.loads((row.exp / "provenance.json").read_text(encoding="utf-8"))
-    return f"{content['trainable'] / 1e6:.1f}M, {content['minutes']:.0f} min"
+def _trained(entry: Entry) -> str:
+    """Return trainable parameters and time of a run of ours, or the published number of parameters."""
+    training = _run(entry).get("training") or {}
+    if not training:
+        return entry.row.published.trainable if entry.row.published else ""
+    minutes = training["minutes"]
+    took = f"{minutes / 60:.1f} h" if minutes > 120 else f"{minutes:.0f} min"  # noqa: PLR2004 - two hours
+    return f"{training['trainable'] / 1e6:.1f}M, {took}"
+
+
+def _run(entry: Entry) -> dict[str, Any]:
+    run: dict[str, Any] = entry.score["made_from"].get("run", {}) if entry.score else {}
+    return run
+
+
+def _notes(table: Table, entries: Sequence[Entry]) -> list[str]:
+    """Return what is written below the table: notes, origins, and how the numbers came about."""
+    notes = ["In brackets: 95 % interval (utterance bootstrap)."]
+    notes += [f"{row.name}: {row.note}" for row in table.rows if row.note]
+    sources: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.published:
+            sources.setdefault(row.published.source, []).append(row.name)
+    notes += [f"published figures of {'; '.join(names)}: {source}" for source, names in sources.items()]
+    notes += [f"{entry.name}: {_origin(entry)}" for entry in entries if entry.score]
+    signatures = {entry.score["signature"]: None for entry in entries if entry.score}
+    return notes + [f"signature: `{signature}`" for signature in signatures]
+
+
+def _origin(entry: Entry) -> str:
+    """Return what was run on what, as far as the score file knows."""
+    assert entry.score is not None
+    run = _run(entry)
+    parts = ["score in the repository" if entry.kept else "run here"]
+    parts += [f"{name} {run[name]}" for name in ("source", "hypotheses", "data", "commit", "device") if run.get(name)]
+    model = run.get("model")
+    parts += [f"weights {model['fingerprint']} ({model['source']})"] if isinstance(model, dict) else []
+    versions = run.get("versions", {})
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    return ", ".join([*parts, f"references {entry.score['made_from']['ref_sha256'][:12]}"])

@@ -13,10 +13,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from speechllm.data.archive import sha256
 from speechllm.errors import ModelError
 from speechllm.model.state import load_tensors, save_tensors
-from speechllm.runtime import hash_texts, read_json, write_json
+from speechllm.runtime import hash_texts, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

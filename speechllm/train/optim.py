@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from speechllm.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 BETAS = (0.9, 0.98)
 EPS = 1e-8
 FINAL_LR = 0.02  # of the peak, at the end of the cosine
+JOINING = 0.03  # of the run: over which the rate of a group that begins late rises
 SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -26,6 +27,8 @@ class Group:
 
     named: Mapping[str, nn.Parameter]
     peak_lr: float
+    begins: float = 0.0
+    """Part of the steps that pass before these are trained."""
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
@@ -40,26 +43,37 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def joining(done: float, begins: float) -> float:
+    """Return the factor on the rate of a group that begins late, where `done` of the run is over: 0, a rise, 1."""
+    return 1.0 if begins == 0 else min(1.0, max(0.0, (done - begins) / JOINING))
+
+
 class Optimizer:
     """AdamW over named parameters, clipped by the norm of the whole gradient."""
 
     def __init__(self, groups: Sequence[Group], weight_decay: float, clip_norm: float) -> None:
         """Prepare the groups; vectors (biases, norms) are never decayed."""
         self.named = {name: parameter for group in groups for name, parameter in group.named.items()}
+        self.begins = {name: group.begins for group in groups for name in group.named}
         self.clip_norm = clip_norm
         settings = []
         for group in groups:
             for decayed in (True, False):
                 chosen = [p for p in group.named.values() if (p.ndim > 1) == decayed]
                 decay = weight_decay if decayed else 0.0
-                settings.append({"params": chosen, "weight_decay": decay, "peak_lr": group.peak_lr})
+                settings.append(
+                    {"params": chosen, "weight_decay": decay, "peak_lr": group.peak_lr, "begins": group.begins}
+                )
         self.adam = torch.optim.AdamW([s for s in settings if s["params"]], lr=0.0, betas=BETAS, eps=EPS, foreach=True)
 
-    def step(self, factor: float, num_tokens: int) -> float:
+    def step(self, factor: float, num_tokens: int, done: float = 1.0) -> float:
         """Apply gradients of a summed loss over `num_tokens`; return their norm per token before clipping.
 
-        A norm that is not finite changes nothing.
+        A norm that is not finite changes nothing. A group that begins after `done` of the run is as if it were frozen.
         """
+        for name, parameter in self.named.items():
+            if not joining(done, self.begins[name]):
+                parameter.grad = None
         parameters = [parameter for parameter in self.named.values() if parameter.grad is not None]
         for parameter in parameters:
             assert parameter.grad is not None
@@ -67,7 +81,7 @@ class Optimizer:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
         if math.isfinite(norm):
             for group in self.adam.param_groups:
-                group["lr"] = factor * group["peak_lr"]
+                group["lr"] = factor * joining(done, group["begins"]) * group["peak_lr"]
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm
@@ -87,15 +101,22 @@ class Optimizer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the moments from `state`; they must be those of all parameters, or none before the first step.
+        """Fill the moments from `state`: those of all parameters, or none before a group's first step.
 
         Raises:
             ModelError: some are missing, or belong to other parameters.
         """
-        wanted = {f"{name}.{slot}" for name in self.named for slot in SLOTS}
-        if tensors and (differing := wanted ^ tensors.keys()):
+        waiting = {begins for begins in self.begins.values() if not any(self._has(tensors, begins))}
+        due = [name for name in self.named if tensors and not (self.begins[name] and self.begins[name] in waiting)]
+        wanted = {f"{name}.{slot}" for name in due for slot in SLOTS}
+        if differing := wanted ^ tensors.keys():
             raise ModelError("optimizer state", f"does not fit at {min(differing)}", "remove the saved states")
-        for name, parameter in self.named.items() if tensors else ():
+        for name in due:
+            parameter = self.named[name]
             self.adam.state[parameter] = {
                 slot: tensors[f"{name}.{slot}"].to(parameter.device if slot != "step" else "cpu") for slot in SLOTS
             }
+
+    def _has(self, tensors: Mapping[str, Tensor], begins: float) -> Iterator[bool]:
+        """Return of each parameter that begins there whether it has moments."""
+        return (f"{name}.step" in tensors for name, start in self.begins.items() if start == begins)

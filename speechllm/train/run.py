@@ -10,25 +10,24 @@ import torch
 from speechllm.config import load as configs
 from speechllm.config.schema import CtcProjector
 from speechllm.data.batch import padding_waste
-from speechllm.data.dataset import FeatureSet
 from speechllm.errors import ConfigError, DataError
 from speechllm.folders import only_writer
 from speechllm.model import hub
 from speechllm.model.assemble import (
     CONFIG_FILE,
     MODEL_FILE,
+    PROVENANCE_FILE,
     assemble,
     origin_of,
     save_model,
 )
-from speechllm.model.identity import check_dump
 from speechllm.model.lm import context_length
 from speechllm.model.projector import CtcBridge
 from speechllm.model.state import load_tensors
 from speechllm.runtime import (
     computes_bfloat16,
     derive_seed,
-    hash_texts,
+    device_name,
     pick_device,
     provenance,
     read_json,
@@ -36,6 +35,7 @@ from speechllm.runtime import (
     write_text,
 )
 from speechllm.train.checkpoint import BEST
+from speechllm.train.sets import open_sets
 from speechllm.train.tasks import CtcTask, Features, SpeechTask
 from speechllm.train.trainer import Loop, LoopOptions, Progress
 
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from speechllm.config.schema import Config
-    from speechllm.model.assemble import Origin
     from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.sets import AnySet, Opened
     from speechllm.train.tasks import Measure
 
     Decode = Callable[[SpeechLlm, Features, Sequence[str]], Mapping[str, str]]
@@ -65,40 +65,40 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    train_set, valid_set = FeatureSet(train_dir), FeatureSet(valid_dir)
     with only_writer(exp):
-        encoder = _claim(config, train_set, valid_set, exp)
+        opened = open_sets(config, train_dir, valid_dir)
+        _claim(config, opened, exp)
         if (exp / "model" / MODEL_FILE).is_file():
             configs.dump(config, exp / "model" / CONFIG_FILE)  # how to decode may have changed since
             log.info("train done already exp=%s", exp)
             return
-        width_h = train_set.frames(next(iter(train_set.examples))).shape[1]
-        texts = [example.text for example in train_set.examples.values()]
-        origin = origin_of(config, width_h, encoder, texts)
-        _train(config, origin, (train_set, valid_set), exp, (decode, measure))
+        _train(config, opened, exp, (decode, measure))
 
 
-def _train(
-    config: Config, origin: Origin, sets: tuple[FeatureSet, FeatureSet], exp: Path, tools: tuple[Decode, Measure]
-) -> None:
-    train_set, valid_set = sets
+def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measure]) -> None:
     decode, measure = tools
-    model = assemble(config, origin, _training_dtype(config))
-    features = Features(config, train_set, valid_set, model.lm.model.device)
-    _drop_long(config, train_set, model, exp)
+    texts = [example.text for example in opened.train.examples.values()]
+    origin = origin_of(config, opened.width_h, opened.encoder_fingerprint, texts)
+    model = assemble(config, origin, _training_dtype(config), opened.encoder)
+    features = Features(config, opened.train, opened.valid, model.lm.model.device, model.encoder)
+    _drop_long(config, opened.train, model, exp)
     if isinstance(model.projector, CtcBridge):
         _train_head(features, model.projector, exp / "ctc", measure)
     task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
     waste = padding_waste(task.batches(0), task.sizes)
-    log.info("train utts=%d padding_waste=%.3f", len(train_set.examples), waste)
+    log.info("train utts=%d padding_waste=%.3f", len(opened.train.examples), waste)
     loop = Loop(task, _loop_options(config), exp)
     progress = loop.run()
-    save_model(exp / "model", model, config, origin)
+    (exp / "model").mkdir(exist_ok=True)
     _write_provenance(model, exp, progress)
+    save_model(exp / "model", model, config, origin)
     loop.clean()
 
 
 def _training_dtype(config: Config) -> str:
+    """Return the precision of the weights; where they are trained it is float32, else a step would round away."""
+    if config.lm.train:
+        return "float32"
     if config.lm.dtype != "auto":
         return config.lm.dtype
     return "bfloat16" if computes_bfloat16(pick_device(config.device)) else "float32"
@@ -106,36 +106,30 @@ def _training_dtype(config: Config) -> str:
 
 def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
     """Write what the run took and made; the CTC head is trained too, though not by the last loop."""
+    device = model.lm.model.device
     head = exp / "ctc" / MINUTES
     head_minutes = float(head.read_text(encoding="utf-8")) if head.is_file() else 0.0
     content = {
         "minutes": progress.seconds / 60 + head_minutes,
         "best_step": progress.best_step,
         "trainable": sum(value.numel() for value in model.trainable_state().values()),
+        "device": device_name(device),
     }
-    write_json(exp / "provenance.json", provenance(content))
+    write_json(exp / "model" / PROVENANCE_FILE, provenance(content))
 
 
-def _claim(config: Config, train_set: FeatureSet, valid_set: FeatureSet, exp: Path) -> str:
-    """Return the encoder's fingerprint; a folder of another configuration or of other data is refused."""
-    dumped = check_dump(train_set.folder, config.encoder)
-    encoder = str(dumped["encoder_fingerprint"])
-    valid_dumped = check_dump(valid_set.folder, config.encoder, encoder)
+def _claim(config: Config, opened: Opened, exp: Path) -> None:
+    """Note what this run is; a folder of another configuration or of other data is refused."""
     record = {
-        "training data": _data_hash(train_set, dumped),
-        "validation data": _data_hash(valid_set, valid_dumped),
-        "encoder": encoder,
+        "training data": opened.train_data,
+        "validation data": opened.valid_data,
+        "encoder": opened.encoder_fingerprint,
         "language model": hub.resolve(config.lm.name, config.lm.revision).fingerprint,
         "precision": _training_dtype(config),
     }
     _refuse_other_run(config, record, exp)
     configs.dump(config, exp / CONFIG_FILE)
     write_json(exp / RECORD, record)
-    return encoder
-
-
-def _data_hash(features: FeatureSet, dumped: Mapping[str, object]) -> str:
-    return hash_texts([str(dumped["data"]), *(f"{e.utt_id} {e.text}" for e in features.examples.values())])
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:
@@ -152,7 +146,7 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
                 raise ConfigError(exp, f"was started with another {key} ({old.get(key)}, now {value})", fix)
 
 
-def _drop_long(config: Config, train_set: FeatureSet, model: SpeechLlm, exp: Path) -> None:
+def _drop_long(config: Config, train_set: AnySet, model: SpeechLlm, exp: Path) -> None:
     """Take out training utterances that do not fit the context, list them, and refuse too many."""
     limit = context_length(model.lm)
     dropped = []

@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 from speechllm.data.batch import budget_batches
-from speechllm.data.dataset import FeatureSet, augment
+from speechllm.data.dataset import augment
 from speechllm.model.ctc import best_kana, ctc_loss, targets_of
+from speechllm.model.lm import LORA_KEY
 from speechllm.model.projector import CtcBridge
 from speechllm.model.speechllm import pad_frames
+from speechllm.runtime import computes_bfloat16
 from speechllm.text.reading import katakana_reading
 from speechllm.train.optim import Group
+from speechllm.train.sets import WaveSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from speechllm.config.schema import Config, CtcProjector
+    from speechllm.model.encoder import SpeechEncoder
     from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.sets import AnySet
 
     Measure = Callable[[Mapping[str, str], Mapping[str, str]], float]
     """Error rate of id -> hypothesis (second) against id -> reference (first), as a fraction."""
@@ -28,19 +33,35 @@ if TYPE_CHECKING:
 class Features:
     """Augmented training features and plain validation features, as padded batches."""
 
-    def __init__(self, config: Config, train: FeatureSet, valid: FeatureSet, device: torch.device) -> None:
-        """Keep the two sets."""
-        self.config, self.train, self.valid, self.device = config, train, valid, device
+    def __init__(
+        self,
+        config: Config,
+        train: AnySet,
+        valid: AnySet,
+        device: torch.device,
+        encoder: SpeechEncoder | None = None,
+    ) -> None:
+        """Keep the two sets; `encoder` is one that is trained, so that gradients go through the frames."""
+        self.config, self.train, self.valid, self.device, self.encoder = config, train, valid, device, encoder
 
     def training(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, list[int]]:
         """Return augmented frames [b e h] and their true lengths."""
+        if self.encoder is not None:
+            return self._encoded(self.train, self.encoder, utt_ids)
         settings, seed = self.config.train.augment, self.config.seed
-        matrices = [augment(self.train.frames(utt_id), settings, seed, epoch, utt_id) for utt_id in utt_ids]
+        pairs = zip(utt_ids, self.train.frames_of(utt_ids), strict=True)
+        matrices = [augment(frames_eh, settings, seed, epoch, utt_id) for utt_id, frames_eh in pairs]
         return pad_frames([torch.from_numpy(matrix) for matrix in matrices], self.device)
 
     def validation(self, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Return frames [b e h] of the validation set and their true lengths."""
-        return pad_frames([torch.from_numpy(self.valid.frames(utt_id)) for utt_id in utt_ids], self.device)
+        if self.encoder is not None:
+            return self._encoded(self.valid, self.encoder, utt_ids)
+        return pad_frames([torch.from_numpy(matrix) for matrix in self.valid.frames_of(utt_ids)], self.device)
+
+    def _encoded(self, examples: AnySet, encoder: SpeechEncoder, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
+        assert isinstance(examples, WaveSet)
+        return pad_frames(encoder.frames(examples.waves(utt_ids)), self.device)
 
     def validation_batches(self, size: int) -> list[list[str]]:
         """Return all validation ids, of like length together."""
@@ -133,12 +154,18 @@ class SpeechTask:
         }
 
     def groups(self) -> list[Group]:
-        """Return projector and adapter, each with its own learning rate."""
+        """Return projector, adapter, and base models where they are trained, each with its own learning rate."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        adapter = {name: p for name, p in trained.items() if name.startswith("lm_model.")}
-        projector = {name: p for name, p in trained.items() if name not in adapter}
+        projector = {name: p for name, p in trained.items() if name.startswith("projector.")}
+        adapter = {name: p for name, p in trained.items() if LORA_KEY in name and name not in projector}
+        base = {name: p for name, p in trained.items() if name not in projector and name not in adapter}
         train = self.config.train
-        return [Group(projector, train.peak_lr), Group(adapter, train.lora_lr)]
+        groups = [
+            Group(projector, train.peak_lr),
+            Group(adapter, train.lora_lr, begins=train.adapter_from),
+            Group(base, train.base_lr),
+        ]
+        return [group for group in groups if group.named]
 
     def batches(self, epoch: int) -> list[list[str]]:
         """Return batches within the budget of language-model positions."""
@@ -149,7 +176,17 @@ class SpeechTask:
         self.model.train()
         frames_beh, frames_b = self.features.training(utt_ids, epoch)
         texts = [self.features.train.examples[utt_id].text for utt_id in utt_ids]
-        return self.model.loss(frames_beh, frames_b, texts)
+        with self._autocast():
+            return self.model.loss(frames_beh, frames_b, texts)
+
+    def _autocast(self) -> torch.autocast:
+        """Return bfloat16 arithmetic over float32 weights where the language model itself is trained.
+
+        A frozen one is held in bfloat16, which autocast would only slow.
+        """
+        device = self.features.device
+        wanted = self.config.lm.train and self.config.lm.dtype in {"auto", "bfloat16"} and computes_bfloat16(device)
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -167,9 +204,9 @@ class SpeechTask:
         return {"loss": total / count, "cer": cer, "score": cer}
 
     def state(self) -> dict[str, Tensor]:
-        """Return projector and adapter."""
+        """Return what training changes."""
         return self.model.trainable_state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill projector and adapter."""
+        """Fill what training changes."""
         self.model.load_trainable(tensors)

@@ -179,7 +179,8 @@ class Loop:
         factor = schedule(progress.step, self.total, self.options.warmup)
         tokens = max(1, tokens)  # a batch of silence has none
         # a loss can be infinite and its gradient finite
-        norm = self.optimizer.step(factor, tokens) if math.isfinite(nll) else self.optimizer.skip()
+        done = progress.step / self.total
+        norm = self.optimizer.step(factor, tokens, done) if math.isfinite(nll) else self.optimizer.skip()
         progress.step += 1
         self._guard(nll, norm, batches)
         progress.seconds += time.monotonic() - began

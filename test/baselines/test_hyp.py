@@ -25,7 +25,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def options(hyp: Path | None) -> BaselineOptions:
-    return BaselineOptions(model="", hyp=hyp, batch_size=1)
+    return BaselineOptions(hyp=hyp, source="their page")
 
 
 def test_the_texts_and_the_sum_of_their_file_are_kept(tmp_path: Path, data_dir: Path) -> None:
@@ -35,6 +35,14 @@ def test_the_texts_and_the_sum_of_their_file_are_kept(tmp_path: Path, data_dir: 
     note = json.loads((tmp_path / "out/provenance.json").read_text(encoding="utf-8"))
     assert note["hypotheses"] == "their.text"
     assert len(note["sha256"]) == 64
+    assert note["source"] == "their page"
+
+
+def test_a_folder_with_transcripts_alone_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs/text").write_text("u1 はい\n", encoding="utf-8")
+    (tmp_path / "their.text").write_text("u1 いいえ\n", encoding="utf-8")
+    assert baseline("hyp", tmp_path / "refs", tmp_path / "out", options(tmp_path / "their.text")) == 1
 
 
 def test_a_missing_file_is_an_error_and_nothing_is_written(tmp_path: Path, data_dir: Path) -> None:
@@ -46,5 +54,5 @@ def test_a_missing_file_is_an_error_and_nothing_is_written(tmp_path: Path, data_
 
 
 def test_an_unknown_baseline_names_those_there_are(tmp_path: Path, data_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="choose whisper or hyp"):
+    with pytest.raises(ConfigError, match=r"choose one of whisper, nue-asr, .*hyp"):
         baseline("kaldi", data_dir, tmp_path / "out", options(None))

@@ -203,3 +203,48 @@ def test_every_field_is_described() -> None:
     }
     assert len(fields) > 40
     assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_a_file_may_say_only_what_differs_from_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(BASE + "train: {epochs: 7, peak_lr: 1e-3}\n", encoding="utf-8")
+    found = _load(tmp_path, "extends: base.yaml\ntrain: {epochs: 9}\nlora: null\n", "seed=5")
+    assert (found.encoder.name, found.train.epochs, found.train.peak_lr) == ("wavlm", 9, 1e-3)
+    assert found.lora is None
+    assert found.seed == 5
+
+
+def test_a_section_of_another_kind_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(BASE + "projector: {kind: conv_mlp, hidden: 9}\n", encoding="utf-8")
+    assert _load(tmp_path, "extends: base.yaml\nprojector: {kind: linear, stride: 4}\n").projector.kind == "linear"
+    same = _load(tmp_path, "extends: base.yaml\nprojector: {stride: 4}\n").projector
+    assert isinstance(same, ConvMlpProjector)
+    assert (same.hidden, same.stride) == (9, 4)
+
+
+@pytest.mark.parametrize("name", ["../base.yaml", "/base.yaml", "base", "[a]"])
+def test_what_is_extended_lies_beside_the_file(tmp_path: Path, name: str) -> None:
+    assert "which names no file beside it; write extends: NAME.yaml" in _fault(tmp_path, f"extends: {name}\n{BASE}")
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("extends: c.yaml\n", encoding="utf-8")
+    assert _fault(tmp_path, f"extends: d.yaml\n{BASE}") == "c.yaml: extends itself; take out one extends"
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    assert _fault(tmp_path, f"extends: gone.yaml\n{BASE}").startswith("gone.yaml: no such configuration file")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("template: no sound", "template must hold {audio} once"),
+        ('template: "{audio}{audio}"', "template must hold {audio} once"),
+        ("lm: {name: l, train: true}", "lm.train goes with lora: null"),
+        ("lora: null\ntrain: {adapter_from: 0.5}", "train.adapter_from needs an adapter"),
+        ("encoder: {name: e, train: true}\ntrain: {augment: {noise: 1}}", "train.augment changes stored features"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "base.yaml").write_text(BASE, encoding="utf-8")
+    assert what in _fault(tmp_path, f"extends: base.yaml\n{text}\n")

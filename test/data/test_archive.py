@@ -13,6 +13,7 @@ import pytest
 
 from speechllm.data import archive, kaldi
 from speechllm.errors import DataError
+from speechllm.runtime import sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,4 +209,4 @@ def test_frame_counts_that_disagree_are_named(tmp_path: Path, table: str, messag
 
 def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert archive.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -54,7 +54,7 @@ def concatenated(model: SpeechLlm, row: int) -> tuple[torch.Tensor, torch.Tensor
     """Return vectors [1 l d] and labels [1 l] of one utterance, joined by hand as transformers wants them."""
     frames_beh, frames_b = frames()
     (audio_pd,) = model.projector(frames_beh[row : row + 1, : frames_b[row]], [frames_b[row]])
-    parts = prompts.build(model.lm.tokenizer, tiny.PROMPT, TARGETS[row])
+    parts = prompts.build(model.lm.tokenizer, tiny.FORM, TARGETS[row])
     pieces = [model.lm.embed(parts.before), audio_pd, model.lm.embed(parts.after), model.lm.embed(parts.answer)]
     silent = sum(len(piece) for piece in pieces[:3])
     return torch.cat(pieces)[None], torch.tensor([[IGNORED] * silent + list(parts.answer)])
@@ -121,7 +121,7 @@ def test_the_sound_stands_between_prompt_and_answer(llama: SpeechLlm) -> None:
     frames_beh, frames_b = frames()
     spliced = llama.splice(frames_beh, frames_b, None)
     audio = llama.projector(frames_beh, frames_b)
-    start = len(prompts.build(llama.lm.tokenizer, tiny.PROMPT, None).before)
+    start = len(prompts.build(llama.lm.tokenizer, tiny.FORM, None).before)
     for row, audio_pd in enumerate(audio):
         torch.testing.assert_close(spliced.embeds_bld[row, start : start + len(audio_pd)], audio_pd)
 
@@ -192,7 +192,7 @@ def test_a_bfloat16_model_takes_float32_frames(folders: dict[str, Path]) -> None
     model = tiny.speech_llm(folders["llama"], "llama", CONFIGS["conv_mlp"])
     half = load_lm(tiny.found(folders["llama"]), "bfloat16", tiny.CPU, None)
     assert isinstance(model.projector, ConvMlp)
-    narrow = SpeechLlm(model.projector, half, tiny.PROMPT)
+    narrow = SpeechLlm(model.projector, half, tiny.FORM)
     loss, _ = narrow.loss(*frames(), TARGETS)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.dtype == torch.float32

@@ -7,32 +7,27 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+import copied
 import pytest
+from copied import TIME_LIMIT_S, TOP
 
-TOP = Path(__file__).resolve().parents[2]
-TIME_LIMIT_S = 900  # a hang is a failure; an honest run takes about a minute
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.recipe
 
 
 def run(tree: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the copy's run.sh."""
-    command = [str(tree / "run.sh"), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_S)
+    return copied.run(tree / "run.sh", *options)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked files with this environment, in which conf/debug was run once."""
-    copy = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, capture_output=True, check=True)
-    for name in listed.stdout.decode().rstrip("\0").split("\0"):
-        if (TOP / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(TOP / name, copy / name)
-    (copy / ".venv").symlink_to(TOP / ".venv")
+    """A copy in which conf/debug was run once."""
+    copy = copied.copy_tree(tmp_path_factory.mktemp("clone"))
     done = run(copy, "--conf", "debug")
     assert done.returncode == 0, done.stderr
     return copy

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SIZES = {
-    "mini": {"train": 1960, "dev": 100, "eval": 120},
+    "mini": {"train": 1700, "dev": 100, "eval": 100},
     "mini_open": {"train": 4520, "dev": 120, "eval": 120},
     "debug": {"train": 8},
 }

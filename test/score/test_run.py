@@ -173,11 +173,20 @@ def test_the_breakdown_adds_up(tmp_path: Path) -> None:
     assert {"ref": "が", "hyp": "", "count": 1} in result["breakdown"]["confusions"]
 
 
-def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    score(tmp_path, REF, HYP)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    score(tmp_path, dict(reversed(REF.items())), dict(reversed(HYP.items())))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+def test_the_order_of_lines_changes_nothing_but_the_sums_of_the_files(tmp_path: Path) -> None:
+    first = score(tmp_path, REF, HYP)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "score.json"}
+    again = score(tmp_path, dict(reversed(REF.items())), dict(reversed(HYP.items())))
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "score.json"}
+    assert after == before
+    sums, other_sums = first.pop("made_from"), again.pop("made_from")
+    assert again == first
+    assert sums["hyp_sha256"] != other_sums["hyp_sha256"]
+
+
+def test_the_score_says_how_the_hypotheses_came_about(tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text('{"device": "abacus"}', encoding="utf-8")
+    assert score(tmp_path, REF, HYP)["made_from"]["run"] == {"device": "abacus"}
 
 
 @settings(deadline=None)

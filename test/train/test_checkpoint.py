@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from speechllm.data.archive import sha256
 from speechllm.errors import ModelError
 from speechllm.model.state import load_tensors
+from speechllm.runtime import sha256
 from speechllm.train import checkpoint
 from speechllm.train.checkpoint import OPTIMIZER, STATE, TRAINABLE, Checkpoint, load_newest, prune, save
 

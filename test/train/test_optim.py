@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from speechllm.train.optim import FINAL_LR, Group, Optimizer, schedule
+from speechllm.errors import ModelError
+from speechllm.train.optim import FINAL_LR, JOINING, Group, Optimizer, joining, schedule
 
 
 def parameters(seed: int = 1) -> dict[str, nn.Parameter]:
@@ -146,3 +147,52 @@ def test_a_restored_state_goes_on_to_the_same_bits() -> None:
     for name in SHAPES:
         assert torch.equal(whole[name], second[name])
         assert not torch.equal(whole[name], first[name])
+
+
+def two_phases() -> tuple[dict[str, nn.Parameter], Optimizer]:
+    named = parameters()
+    early, late = {"weight": named["weight"]}, {"bias": named["bias"]}
+    return named, Optimizer([Group(early, 0.1), Group(late, 0.1, begins=0.5)], 0.0, 1.0)
+
+
+def test_a_group_that_begins_late_is_frozen_until_then() -> None:
+    named, made = two_phases()
+    before = named["bias"].detach().clone()
+    set_gradients(named, 8.0)
+    norm = made.step(1.0, 1, done=0.49)
+    assert norm == pytest.approx(8.0 * math.sqrt(6))  # the bias has no part in the clipping
+    assert torch.equal(named["bias"].detach(), before)
+    assert set(made.state()) == {"weight.exp_avg", "weight.exp_avg_sq", "weight.step"}
+    set_gradients(named)
+    made.step(1.0, 1, done=0.5 + JOINING)
+    torch.testing.assert_close(before - named["bias"], torch.full((3,), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("done", "begins", "factor"), [(0.0, 0.0, 1.0), (0.3, 0.3, 0.0), (0.3 + JOINING / 2, 0.3, 0.5), (0.9, 0.3, 1.0)]
+)
+def test_a_late_group_rises_by_itself(done: float, begins: float, factor: float) -> None:
+    assert joining(done, begins) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("steps", [(0.1, 0.2), (0.1, 0.7)])
+def test_a_state_of_either_phase_comes_back(steps: tuple[float, ...]) -> None:
+    named, made = two_phases()
+    for done in steps:
+        set_gradients(named)
+        made.step(1.0, 1, done=done)
+    _, resumed = two_phases()
+    resumed.load_state(made.state())
+    assert {name: value.tolist() for name, value in resumed.state().items()} == {
+        name: value.tolist() for name, value in made.state().items()
+    }
+
+
+def test_a_state_that_lacks_a_part_of_a_parameter_is_refused() -> None:
+    named, made = two_phases()
+    set_gradients(named)
+    made.step(1.0, 1, done=0.9)
+    state = made.state()
+    del state["bias.exp_avg"]
+    with pytest.raises(ModelError, match=r"does not fit at bias\.exp_avg"):
+        two_phases()[1].load_state(state)

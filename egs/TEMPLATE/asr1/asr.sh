@@ -19,6 +19,9 @@ Usage: ./run.sh [OPTIONS]
   --beam N           hypotheses kept while decoding (default: as configured)
   --launcher NAME    local
   --exp NAME         name of the experiment (default: the configuration's)
+  --seed N           seed in place of the configured one; the experiment is then CONF_seedN
+  --baseline N:CKPT  stages 4 and 5 for this system alone: whisper, nue-asr, reazonspeech-espnet, reazonspeech-nemo,
+                     each with a checkpoint (whisper:openai/whisper-large-v3)
   --sets A,B,C       your own data/A to train on, data/B to validate and data/C to test on (with --stage 2)
   --list             list the stages and stop
   --help             this text
@@ -40,7 +43,7 @@ number() {
   printf -v "$3" '%d' "$((10#$2))"
 }
 
-confs='' default_conf='' conf='' exp='' own_sets='' beam='' launcher=local ngpu=1
+confs='' default_conf='' conf='' exp='' own_sets='' beam='' seed='' baseline_alone='' launcher=local ngpu=1
 stage=1 stop_stage=${#stage_names[@]} nj=$(nproc) asked=run
 while (($#)); do
   case $1 in
@@ -61,13 +64,15 @@ while (($#)); do
     --exp) exp=$2 ;;
     --sets) own_sets=$2 ;;
     --beam) number "$1" "$2" beam ;;
+    --seed) number "$1" "$2" seed ;;
+    --baseline) baseline_alone=$2 ;;
     *) fail "unknown option $1" "see --help" ;;
   esac
   shift 2
 done
 if [[ $asked != run ]]; then "$asked"; exit 0; fi
 conf=${conf:-$default_conf}
-exp=${exp:-$conf}
+exp=${exp:-$conf${seed:+_seed$seed}}
 [[ " $confs " == *" $conf "* ]] || fail "no configuration $conf" "choose one of: $confs"
 [[ $exp =~ ^[A-Za-z0-9_-][A-Za-z0-9._-]*$ ]] || fail "--exp '$exp' is no plain name" "use letters, digits, '.', '_', '-'"
 [[ $launcher == local ]] || fail "no launcher $launcher" "use local"
@@ -82,20 +87,29 @@ export PATH="$top/.venv/bin:$PATH"
 if ((ngpu == 0)); then export CUDA_VISIBLE_DEVICES=''; fi
 
 yaml=conf/$conf.yaml
-corpus='' train_set='' valid_set='' eval_set='' encoder_tag='' table='' baselines=()
+# corpora to prepare, the sets of this configuration, the folder of its features (empty: the encoder reads in every
+# step, nothing is stored), its table, and the baselines to run beside it as NAME:CHECKPOINT
+corpora=() train_set='' valid_set='' eval_set='' encoder_tag='' table='' baselines=()
 # shellcheck source=/dev/null
 . ./local/corpus.sh "$conf"
+if [[ -n $baseline_alone ]]; then
+  [[ $baseline_alone =~ ^[a-z-]+:[A-Za-z0-9/._-]+$ ]] || fail "--baseline '$baseline_alone' is not NAME:CHECKPOINT" "see --help"
+  ((stage == 4)) || fail "--baseline is for stages 4 and 5" "add --stage 4"
+  baselines=("$baseline_alone")
+fi
 if [[ -n $own_sets ]]; then
   [[ $own_sets =~ ^[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+$ ]] || fail "--sets '$own_sets' is not A,B,C" "see --help"
   [[ $exp != "$conf" ]] || fail "--sets needs a name for the experiment" "add --exp NAME"
   ((stage > 1)) || fail "stage 1 makes the data of $conf, not yours" "add --stage 2"
   IFS=, read -r train_set valid_set eval_set <<<"$own_sets"
 fi
-dump=dump/$encoder_tag
-decode_options=()
+dump=data
+if [[ -n $encoder_tag ]]; then dump=dump/$encoder_tag; fi
+train_options=() decode_options=()
+if [[ -n $seed ]]; then train_options=(--set "seed=$seed"); fi
 tag=greedy
 if [[ -n $beam ]]; then decode_options=(--beam "$beam") tag=beam$beam; fi
-if [[ ! -f tables/$table.yaml || $exp != "$conf" || -n $beam ]]; then table=''; fi
+if [[ ! -f tables/$table.yaml || $exp != "$conf${seed:+_seed$seed}" || -n $beam ]]; then table=''; fi
 decoded=decode_$tag/$eval_set baseline=decode_greedy/$eval_set
 mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
 
@@ -117,24 +131,31 @@ go() {
 }
 
 stage_data() {
-  go python local/data.py --corpus "$corpus" --out data --nj "$nj"
+  local corpus
+  for corpus in "${corpora[@]}"; do go python local/data.py --corpus "$corpus" --out data --nj "$nj"; done
   for set in "${sets[@]}"; do go speechllm validate "data/$set"; done
 }
 
 stage_dump() {
+  if [[ $dump == data ]]; then echo "nothing to store: the encoder reads the sounds in every step"; return; fi
   for set in "${sets[@]}"; do
     go speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
   done
 }
 
 stage_train() {
-  go speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp"
+  go speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp" \
+    "${train_options[@]}"
 }
 
 stage_decode() {
-  go speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded" "${decode_options[@]}"
-  for model in "${baselines[@]}"; do
-    go speechllm baseline whisper --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$baseline"
+  if [[ -z $baseline_alone ]]; then
+    go speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded" "${decode_options[@]}"
+  fi
+  local name model
+  for entry in "${baselines[@]}"; do
+    name=${entry%%:*} model=${entry#*:}
+    go speechllm baseline "$name" --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$baseline"
   done
 }
 
@@ -146,8 +167,8 @@ score() {
 }
 
 stage_score() {
-  score "exp/$exp/$decoded"
-  for model in "${baselines[@]}"; do score "exp/${model##*/}/$baseline"; done
+  if [[ -z $baseline_alone ]]; then score "exp/$exp/$decoded"; fi
+  for entry in "${baselines[@]}"; do score "exp/${entry##*/}/$baseline"; done
   if [[ -n $table ]]; then go speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"; fi
   cat <<NEXT
 

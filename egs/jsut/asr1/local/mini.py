@@ -70,9 +70,9 @@ def mini() -> Corpus:
     return Corpus(
         "mini",
         {
-            "train": (Part(1900, voices), Part(60, KOKORO_TRAIN)),
+            "train": (Part(1640, voices), Part(60, KOKORO_TRAIN)),
             "dev": (Part(70, voices), Part(30, KOKORO_DEV, UNHEARD)),
-            "eval": (Part(60, voices), Part(60, KOKORO_EVAL, UNHEARD)),
+            "eval": (Part(50, voices), Part(50, KOKORO_EVAL, UNHEARD)),
         },
     )
 

@@ -1,0 +1,73 @@
+"""Counts parameters part by part, without weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from speechllm.config import load as configs
+from speechllm.errors import ConfigError
+from speechllm.model.shapes import skeleton, whole_skeleton
+from speechllm.score.table import read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from speechllm.config.schema import Config
+
+PARTS = ("encoder", "projector", "lora", "llm")
+COLUMNS = ("row", *PARTS, "trainable", "total", "published")
+
+
+def count_config(config: Config) -> dict[str, int]:
+    """Return the parameters of each part of a configuration, those that are trained, and all."""
+    parts = skeleton(config).counts()
+    trained = parts["projector"] + parts["lora"]
+    trained += parts["encoder"] if config.encoder.train else 0
+    trained += parts["llm"] if config.lm.train else 0
+    return {**parts, "trainable": trained, "total": sum(parts.values())}
+
+
+def count_conf(conf: Path) -> list[dict[str, object]]:
+    """Return one record: that of a configuration."""
+    return [{"row": conf.stem, **count_config(configs.load(conf))}]
+
+
+def count_table(path: Path) -> list[dict[str, object]]:
+    """Return a record for each row of a table whose shape is known: our configurations, and models trained whole.
+
+    Raises:
+        ConfigError: no row names a configuration or a model.
+    """
+    records: list[dict[str, object]] = []
+    for row in read_table(path).rows:
+        published = {"published": row.published.trainable} if row.published else {}
+        if row.conf is not None:
+            # a table lies in tables/, beside conf/: its paths are the recipe's
+            records.append({"row": row.name, **count_config(configs.load(path.parent.parent / row.conf)), **published})
+        elif row.model is not None:
+            parts = whole_skeleton(row.model)
+            whole = sum(parts.values())
+            records.append({"row": row.name, **parts, "trainable": whole, "total": whole, **published})
+        elif row.published:
+            records.append({"row": row.name, **published})
+    if not records:
+        raise ConfigError(path, "no row names a configuration or a model", "add conf: or model: to its rows")
+    return records
+
+
+def as_text(records: Sequence[dict[str, object]]) -> str:
+    """Return records as a table for the terminal, columns aligned."""
+    shown = [COLUMNS, *([_cell(record.get(column)) for column in COLUMNS] for record in records)]
+    widths = [max(len(row[n]) for row in shown) for n in range(len(COLUMNS))]
+    lines = []
+    for first, *rest in shown:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,109 @@
+"""What is trained on: stored features, or sounds that the encoder reads anew in every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from speechllm.data import audio, kaldi
+from speechllm.data.dataset import Example, FeatureSet
+from speechllm.errors import ConfigError, DataError
+from speechllm.model import hub
+from speechllm.model.encoder import length_fault, load_encoder, read_for
+from speechllm.model.identity import check_dump
+from speechllm.runtime import hash_texts, pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from speechllm.config.schema import Config
+    from speechllm.model.encoder import SpeechEncoder
+
+
+class WaveSet:
+    """The examples of a data directory, in byte order of their ids; their frames are made when asked for."""
+
+    def __init__(self, folder: Path, encoder: SpeechEncoder) -> None:
+        """Read the tables and the headers of the sounds.
+
+        Raises:
+            DataError: a table or a sound is at fault, or a sound is too short or too long for the encoder.
+        """
+        self.folder, self.encoder = folder, encoder
+        self.data = kaldi.load(folder)
+        texts = self.data.texts()
+        self.examples = {key: self._example(utt, texts[key]) for key, utt in self.data.utterances.items()}
+
+    def _example(self, utt: kaldi.Utterance, text: str) -> Example:
+        duration_s = utt.duration_s()
+        num_samples = round(duration_s * audio.SAMPLE_RATE_HZ)
+        if fault := length_fault(num_samples, self.encoder.longest_s, self.encoder.min_samples):
+            raise DataError(f"{utt.wav} (utterance {utt.utt_id})", fault, "cut it with segments or take it out")
+        return Example(utt.utt_id, self.encoder.num_frames(num_samples), text, duration_s)
+
+    def waves(self, utt_ids: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return the samples [s] of utterances."""
+        return [read_for(self.encoder, self.data.utterances[utt_id]) for utt_id in utt_ids]
+
+    def frames_of(self, utt_ids: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return the frames [e h] of utterances, rounded as a store would have them."""
+        return [frames.half().float().numpy() for frames in self.encoder.encode(self.waves(utt_ids))]
+
+
+AnySet = FeatureSet | WaveSet
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Training and validation examples and what they were made from."""
+
+    train: AnySet
+    valid: AnySet
+    train_data: str
+    """Identity of the training sounds and transcripts."""
+    valid_data: str
+    encoder_fingerprint: str
+    width_h: int
+    encoder: SpeechEncoder | None
+    """The encoder where it reads in every step; None where its features are stored."""
+
+
+def open_sets(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
+    """Return the examples of two dumps, or of two data directories.
+
+    Raises:
+        UserError: data, dumps or encoder are at fault, or do not belong together.
+    """
+    stored = [(folder / "feats.scp").is_file() for folder in (train_dir, valid_dir)]
+    if any(stored) and config.encoder.train:
+        folder = train_dir if stored[0] else valid_dir
+        raise ConfigError(folder, "holds stored features, but encoder.train is set", "name the data directory itself")
+    if stored[0] != stored[1]:
+        raise ConfigError(valid_dir, f"is not of one kind with {train_dir}", "give two dumps or two data directories")
+    return _open_dumps(config, train_dir, valid_dir) if stored[0] else _open_sounds(config, train_dir, valid_dir)
+
+
+def _open_dumps(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
+    train, valid = FeatureSet(train_dir), FeatureSet(valid_dir)
+    dumped = check_dump(train_dir, config.encoder)
+    fingerprint = str(dumped["encoder_fingerprint"])
+    valid_dumped = check_dump(valid_dir, config.encoder, fingerprint)
+    width_h = train.frames(next(iter(train.examples))).shape[1]
+    identities = _identity(train, dumped["data"]), _identity(valid, valid_dumped["data"])
+    return Opened(train, valid, *identities, fingerprint, width_h, None)
+
+
+def _open_sounds(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
+    found = hub.resolve(config.encoder.name, config.encoder.revision)
+    encoder = load_encoder(config.encoder, found, pick_device(config.device))
+    train, valid = WaveSet(train_dir, encoder), WaveSet(valid_dir, encoder)
+    identities = _identity(train, kaldi.audio_hash(train.data)), _identity(valid, kaldi.audio_hash(valid.data))
+    return Opened(train, valid, *identities, found.fingerprint, encoder.width, encoder)
+
+
+def _identity(examples: AnySet, data: object) -> str:
+    return hash_texts([str(data), *(f"{e.utt_id} {e.text}" for e in examples.examples.values())])
