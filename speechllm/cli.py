@@ -194,6 +194,14 @@ def params(
 
 
 @app.command()
+def tag(conf: ConfOption) -> None:
+    """Print the name of the features that a configuration reads; nothing where its encoder is trained."""
+    from speechllm.config import load as configs
+
+    print(configs.load(conf).feature_tag)
+
+
+@app.command()
 def plan(
     conf: ConfOption,
     hours: Annotated[float, typer.Option("--hours", min=0.001, max=1e7, help="Hours of training sound.")],

@@ -34,7 +34,7 @@ def count_conf(conf: Path) -> list[dict[str, object]]:
 
 
 def count_table(path: Path) -> list[dict[str, object]]:
-    """Return a record for each row of a table whose shape is known: our configurations, and models trained whole.
+    """Return a record for each row of a table: our configurations, and models trained whole; None where not known.
 
     Raises:
         ConfigError: no row names a configuration or a model.
@@ -43,15 +43,15 @@ def count_table(path: Path) -> list[dict[str, object]]:
     for row in read_table(path).rows:
         published = {"published": row.published.trainable} if row.published else {}
         if row.conf is not None:
-            # a table lies in tables/, beside conf/: its paths are the recipe's
-            records.append({"row": row.name, **count_config(configs.load(path.parent.parent / row.conf)), **published})
+            records.append({"row": row.name, **count_config(configs.load(row.conf)), **published})
         elif row.model is not None:
             parts = whole_skeleton(row.model)
             whole = sum(parts.values())
             records.append({"row": row.name, **parts, "trainable": whole, "total": whole, **published})
-        elif row.published:
-            records.append({"row": row.name, **published})
-    if not records:
+        else:
+            unknown = dict.fromkeys((*PARTS, "trainable", "total"))
+            records.append({"row": row.name, **unknown, **published})
+    if all(record["total"] is None for record in records):
         raise ConfigError(path, "no row names a configuration or a model", "add conf: or model: to its rows")
     return records
 

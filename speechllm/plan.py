@@ -31,6 +31,8 @@ SAVED_WIDTHS, SAVED_INNER = 10, 4
 7B Llama in bfloat16, where 5.3 MB were measured with float32 adapters."""
 TRAINED_BYTES = 16
 """A trained parameter: float32 weight, gradient, two moments."""
+COPIED_BYTES = 6
+"""More for each parameter of a language model that is trained whole: a bfloat16 copy, and what AdamW works in."""
 NF4_BYTES = 0.53
 """A four-bit weight with its doubly quantized scales (Dettmers 2023, sec. 3)."""
 LOGIT_BYTES = 12
@@ -45,16 +47,18 @@ class Gpu:
 
     flops: float
     """bfloat16 operations a second: dense peak, or as measured where that is known."""
+    float32_flops: float
+    """float32 operations a second, without tensor cores."""
     memory_gib: float
 
 
 GPUS = {
-    "h100": Gpu(790e12, 79.0),
-    "h200": Gpu(790e12, 139.0),
-    "a100": Gpu(312e12, 79.0),
-    "a100-40g": Gpu(312e12, 39.0),
-    "l40s": Gpu(362e12, 44.0),
-    "rtx4090": Gpu(165e12, 23.0),
+    "h100": Gpu(790e12, 67e12, 79.0),
+    "h200": Gpu(790e12, 67e12, 139.0),
+    "a100": Gpu(312e12, 19.5e12, 79.0),
+    "a100-40g": Gpu(312e12, 19.5e12, 39.0),
+    "l40s": Gpu(362e12, 91e12, 44.0),
+    "rtx4090": Gpu(165e12, 82e12, 23.0),
 }
 
 
@@ -75,6 +79,8 @@ class Plan:
     """Largest batch that fits a GPU, in positions; 0 where not even the weights do."""
     train_hours: float
     dump_hours: float
+    state_gb: float
+    """A saved state: weights that are trained and their moments, in 10^9 bytes."""
     store_gb: float
     """Feature store, in 10^9 bytes; 0 where frames are made in every step."""
     audio_hours_per_gpu_hour: float
@@ -95,14 +101,15 @@ def plan(config: Config, hours: float, gpus: int, gpu_name: str) -> Plan:
     frame_rate = frames_per_second(encoder_shape)
     tokens = _tokens_per_s(parts, frame_rate)
     encoder_flops = _encoder_flops(parts.encoder, frame_rate)
-    flops = _lm_flops(config, parts) * tokens + _head_flops(parts)
+    flops = _lm_flops(config, parts) * tokens + _head_flops(config, parts)
     online = encoder_flops * (3 if config.encoder.train else 0)
     fixed = _fixed_bytes(config, parts)
-    per_token = _bytes_per_token(parts)
+    per_token = _bytes_per_token(parts, tokens)
     fitting = int((MEMORY_PART * gpu.memory_gib * GIB - fixed) / per_token)
     speed = gpus * UTILISATION * gpu.flops
+    encoder_speed = gpus * UTILISATION * (gpu.float32_flops if config.encoder.dtype == "float32" else gpu.flops)
     seconds = hours * 3600
-    train_hours = config.train.epochs * seconds * (flops + online) / speed / 3600
+    train_hours = config.train.epochs * seconds * (flops / speed + online / encoder_speed) / 3600
     stored = 0.0 if config.encoder.train else seconds * frame_rate * encoder_shape.hidden_size * 2 / 1e9
     return Plan(
         tokens_per_s=tokens,
@@ -112,7 +119,8 @@ def plan(config: Config, hours: float, gpus: int, gpu_name: str) -> Plan:
         bytes_per_token=per_token,
         fitting_tokens=max(0, fitting),
         train_hours=train_hours,
-        dump_hours=0.0 if config.encoder.train else seconds * encoder_flops / speed / 3600,
+        dump_hours=0.0 if config.encoder.train else seconds * encoder_flops / encoder_speed / 3600,
+        state_gb=3 * 4 * _trained(config, parts) / 1e9,
         store_gb=stored,
         audio_hours_per_gpu_hour=config.train.epochs * hours / (train_hours * gpus),
     )
@@ -138,9 +146,10 @@ def _lm_flops(config: Config, parts: Skeleton) -> float:
     return (6.0 if config.lm.train else 4.0) * float(blocks)
 
 
-def _head_flops(parts: Skeleton) -> float:
+def _head_flops(config: Config, parts: Skeleton) -> float:
     """Return operations a second of sound for the logits, which are computed at label positions alone."""
-    return 4.0 * float(_head(parts).weight.numel()) * (TEXT_TOKENS_PER_S + 1 / UTTERANCE_S)
+    each = (6.0 if config.lm.train else 4.0) * float(_head(parts).weight.numel())
+    return each * (TEXT_TOKENS_PER_S + 1 / UTTERANCE_S)
 
 
 def _encoder_flops(encoder: nn.Module, frame_rate: float) -> float:
@@ -157,20 +166,26 @@ def _fixed_bytes(config: Config, parts: Skeleton) -> float:
     counts = parts.counts()
     linear = _linear_weights(parts.lm) - _head(parts).weight.numel() - counts["lora"]
     if config.lm.train:
-        held = float(TRAINED_BYTES * counts["llm"])
+        held = float((TRAINED_BYTES + COPIED_BYTES) * counts["llm"])
     elif config.lm.quantize:
         held = NF4_BYTES * linear + BYTES[config.lm.dtype] * (counts["llm"] - linear)
     else:
         held = float(BYTES[config.lm.dtype] * counts["llm"])
-    trained = counts["projector"] + counts["lora"] + (counts["encoder"] if config.encoder.train else 0)
+    trained = _trained(config, parts) - (counts["llm"] if config.lm.train else 0)
     return held + TRAINED_BYTES * trained
 
 
-def _bytes_per_token(parts: Skeleton) -> float:
+def _trained(config: Config, parts: Skeleton) -> int:
+    counts = parts.counts()
+    trained = counts["projector"] + counts["lora"] + (counts["encoder"] if config.encoder.train else 0)
+    return trained + (counts["llm"] if config.lm.train else 0)
+
+
+def _bytes_per_token(parts: Skeleton, tokens_per_s: float) -> float:
     lm: Any = parts.lm
     shape = lm.config
     block = 2 * (SAVED_WIDTHS * shape.hidden_size + SAVED_INNER * shape.intermediate_size)
-    labels = TEXT_TOKENS_PER_S / (TEXT_TOKENS_PER_S + PROMPT_TOKENS / UTTERANCE_S + 10)
+    labels = (TEXT_TOKENS_PER_S + 1 / UTTERANCE_S) / tokens_per_s
     return float(block * shape.num_hidden_layers + LOGIT_BYTES * shape.vocab_size * labels)
 
 
@@ -178,21 +193,25 @@ def as_text(made: Plan, config: Config, hours: float, gpus: int, gpu_name: str) 
     """Return a plan for the terminal, its assumptions below it."""
     gpu = GPUS[gpu_name]
     activations_mb = made.bytes_per_token / 1e6
+    too_many = ", more than fit" if config.train.batch_tokens > made.fitting_tokens else ""
     rows = {
         "memory a GPU": f"{made.fixed_gib:.1f} of {gpu.memory_gib:g} GiB for weights and optimizer",
         "activations": f"{activations_mb:.2f} MB a position",
         "largest batch": f"{made.fitting_tokens:,} positions" if made.fitting_tokens else "not even the weights fit",
-        "train.batch_tokens": f"{config.train.batch_tokens:,}",
+        "train.batch_tokens": f"{config.train.batch_tokens:,}{too_many}",
         "positions": f"{made.tokens_per_s:.1f} a second of sound",
         "work, training": f"{made.flops_per_s / 1e9:.0f} GFLOP a second of sound",
         "work, encoder": f"{made.encoder_flops_per_s / 1e9:.1f} GFLOP a second of sound",
         "feature store": f"{made.store_gb:.0f} GB" if made.store_gb else "none: the encoder is trained",
+        "a saved state": f"{made.state_gb:.2f} GB",
         "stage 2": f"{made.dump_hours:.2f} h",
         "stage 3": f"{made.train_hours:.2f} h, {made.audio_hours_per_gpu_hour:.0f} audio-hours a GPU-hour",
     }
     assumed = [
         f"utterances of {UTTERANCE_S:g} s, {TEXT_TOKENS_PER_S:g} text tokens a second, {PROMPT_TOKENS} prompt tokens",
-        f"{UTILISATION:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s; validation, start-up and reading files left out",
+        f"{UTILISATION:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s, of {gpu.float32_flops / 1e12:.0f} for a float32 encoder",
+        "as many times as fast on several GPUs; validation, start-up, reading and saving files left out",
+        "activations of a trained encoder are not counted; a vocabulary is counted whole, even where it is cut",
         f"{MEMORY_PART:.0%} of the memory is used",
         f"a block keeps {SAVED_WIDTHS} x width + {SAVED_INNER} x inner width in two bytes for the backward pass",
     ]

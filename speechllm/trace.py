@@ -11,10 +11,8 @@ from speechllm.data import audio, kaldi
 from speechllm.decode.batched import max_tokens, to_text
 from speechllm.decode.search import search
 from speechllm.errors import DataError
-from speechllm.model import hub
-from speechllm.model.assemble import load_model, read_model
+from speechllm.model.assemble import encoder_of, load_model, read_model
 from speechllm.model.ctc import best_kana
-from speechllm.model.encoder import load_encoder
 from speechllm.model.projector import CtcBridge
 from speechllm.model.speechllm import pad_frames
 from speechllm.runtime import read_json
@@ -35,7 +33,7 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
     Raises:
         UserError: no such utterance or model.
     """
-    config, _ = read_model(exp / "model")
+    config, origin = read_model(exp / "model")
     model = load_model(exp / "model", device="cpu")
     utt = _find(utt_id, exp, data_dir)
     page = _Page(utt_id)
@@ -53,10 +51,10 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
         f"({len(wave_s)},) at {audio.SAMPLE_RATE_HZ} Hz, peak {abs(wave_s).max():.3f}",
         "data.audio.read",
     )
-    encoder = model.encoder or load_encoder(
-        config.encoder, hub.resolve(config.encoder.name, config.encoder.revision), torch.device("cpu")
-    )
-    frames_eh = encoder.encode([wave_s])[0].half().float()
+    encoder = model.encoder or encoder_of(config.model_copy(update={"device": "cpu"}), origin)
+    frames_eh = encoder.encode([wave_s])[0]
+    if model.encoder is None:
+        frames_eh = frames_eh.half().float()  # as the store has them
     page.add("frames [e h]", _shape(frames_eh), "model.encoder.SpeechEncoder.encode")
     hyp = _trace_model(page, model, config, frames_eh, duration_s)
     _trace_score(page, utt.text, hyp)

@@ -43,9 +43,18 @@ def test_four_bits_fit_where_sixteen_do_not() -> None:
 
 def test_a_model_that_is_trained_whole_holds_its_moments_and_stores_no_features() -> None:
     whole = made("jsut_nue")
-    assert whole.fixed_gib * 2**30 == pytest.approx(16 * 3.708e9, rel=0.01)
+    assert whole.fixed_gib * 2**30 == pytest.approx(16 * 3.708e9 + 6 * 3.607e9, rel=0.01)
+    assert whole.state_gb == pytest.approx(12 * 3.708, rel=0.01)
     assert whole.store_gb == whole.dump_hours == 0.0
     assert made("jsut_nue", "rtx4090").fitting_tokens == 0
+
+
+def test_a_batch_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--conf", str(CONF / "jsut.yaml"), "--hours", "1", "--gpu"]
+    assert run([*arguments, "rtx4090"]) == 0
+    assert "8,192, more than fit" in capsys.readouterr().out
+    assert run([*arguments, "h200"]) == 0
+    assert "more than fit" not in capsys.readouterr().out
 
 
 def test_the_command_names_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:

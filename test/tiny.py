@@ -45,7 +45,7 @@ from speechllm.config.schema import DEFAULT_TEMPLATE, Config, LoraConfig
 from speechllm.data import archive, audio, kaldi
 from speechllm.errors import UserError
 from speechllm.model.hub import Resolved, resolve
-from speechllm.model.lm import LanguageModel, add_lora, load_lm, lora_state
+from speechllm.model.lm import LORA_KEY, LanguageModel, add_lora, load_lm
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
 from speechllm.text.prompt import Form
@@ -166,11 +166,11 @@ def w2v_bert(folder: Path, **fields: object) -> Path:
     return folder
 
 
-def whisper_model() -> torch.nn.Module:
-    """Return a random Whisper of two layers a side; its decoder knows 60 tokens."""
+def whisper_model(vocab_size: int = 60, start: int = 1, end: int = 2) -> torch.nn.Module:
+    """Return a random Whisper of two layers a side; `start` and `end` are the tokens of a text's ends."""
     torch.manual_seed(6)
     config = WhisperConfig(
-        vocab_size=60,
+        vocab_size=vocab_size,
         d_model=16,
         encoder_layers=2,
         decoder_layers=2,
@@ -181,9 +181,9 @@ def whisper_model() -> torch.nn.Module:
         max_target_positions=32,
         init_std=0.3,
         pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
+        bos_token_id=start,
+        eos_token_id=end,
+        decoder_start_token_id=start,
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
@@ -337,6 +337,11 @@ def config(encoder_folder: Path, lm_folder: Path, **fields: object) -> Config:
         "lora": {"rank": 4, "alpha": 8},
     }
     return Config.model_validate(chosen | fields)
+
+
+def lora_state(lm: LanguageModel) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors by name."""
+    return {name: value for name, value in lm.model.named_parameters() if LORA_KEY in name}
 
 
 def speech_llm(folder: Path, name: str, projector: Projector, width_h: int = WIDTH_H) -> SpeechLlm:

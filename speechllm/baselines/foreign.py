@@ -177,6 +177,7 @@ def _begin_partial(out: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 @contextlib.contextmanager
 def _started(program: Program, log_file: Path) -> Iterator[Worker]:
     """Yield a worker that is ready; it is asked to end afterwards, or killed after an error."""
+    log_file.unlink(missing_ok=True)  # the worker of a run that was killed may still write to the old one
     with log_file.open("wb") as errors:
         try:
             process = subprocess.Popen(

@@ -110,7 +110,7 @@ class Nemo:
     packages = ("nemo_toolkit", "torch", "torchaudio", "numpy")
 
     def __init__(self, files: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """Load the model; the checkpoint in its archive is a pickle, which NeMo opens."""
+        """Load the model; the archive names the classes that NeMo makes from it."""
         from nemo.collections.asr.models import ASRModel  # type: ignore[import-not-found] # of the other environment
 
         self.device = _device()

@@ -165,7 +165,7 @@ def _explain(path: Path, error: ValidationError) -> ConfigError:
         return ConfigError(path, first["msg"].removeprefix("Value error, "), "see docs/configuration.md")
     keys = [str(part) for part in first["loc"]]
     name = ".".join(keys)
-    where = f"{path}:{_line_of(path, keys)}"
+    where = _place_of(path, keys)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], _known_keys(), n=1)
         fix = f"did you mean {near[0]}?" if near else "delete it"
@@ -174,18 +174,32 @@ def _explain(path: Path, error: ValidationError) -> ConfigError:
     return ConfigError(where, f"{name}: {first['msg']}, got {given}", "see docs/configuration.md")
 
 
-def _line_of(path: Path, keys: list[str]) -> int:
-    """Return the line on which the last of `keys` that is in the file stands (1 where none is)."""
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    line = 1
+def _place_of(path: Path, keys: list[str]) -> str:
+    """Return file and line where most of `keys` stand: in `path`, or in the first of those that it extends."""
+    places = []
+    file: Path | None = path
+    while file is not None:
+        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        places.append((*_depth_and_line(node, keys), file))
+        base = read_yaml(file).get(EXTENDS)
+        file = file.parent / base if base else None
+    _, line, best = max(places, key=lambda place: place[0])
+    return f"{best}:{line}"
+
+
+def _depth_and_line(node: yaml.Node | None, keys: list[str]) -> tuple[int, int]:
+    """Return how many of `keys` a document has, one inside the other, and the line of the last of them.
+
+    A key that is not there is passed over: pydantic puts the kind of a projector among them.
+    """
+    depth, line = 0, 1
     for wanted in keys:
-        if not isinstance(node, yaml.MappingNode):
-            break
-        for key_node, value_node in node.value:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        for key_node, value_node in pairs:
             if key_node.value == wanted:
-                line, node = key_node.start_mark.line + 1, value_node
+                depth, line, node = depth + 1, key_node.start_mark.line + 1, value_node
                 break
-    return line
+    return depth, line
 
 
 def _known_keys() -> list[str]:

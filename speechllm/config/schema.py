@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -225,6 +226,29 @@ class Config(Section):
             raise ValueError("lm.train goes with lora: null and lm.quantize: null")
         if self.lora is None and self.train.adapter_from:
             raise ValueError("train.adapter_from needs an adapter (lora)")
-        if self.encoder.train and self.train.augment != AugmentConfig():
-            raise ValueError("train.augment changes stored features, which encoder.train does without")
+        if self.lm.train and self.lm.dtype == "float16":
+            raise ValueError("lm.train goes with lm.dtype auto, bfloat16 or float32")
+        if self.encoder.train:
+            self._check_trained_encoder()
         return self
+
+    def _check_trained_encoder(self) -> None:
+        if self.train.augment != AugmentConfig():
+            raise ValueError("train.augment changes stored features, which encoder.train does without")
+        if self.encoder.dtype != "float32":
+            raise ValueError("encoder.train goes with encoder.dtype float32: a smaller one would round steps away")
+        if self.projector.kind == "ctc":
+            raise ValueError("projector ctc is trained on a frozen encoder, so encoder.train must be false")
+
+    @property
+    def feature_tag(self) -> str:
+        """Return the name of the folder of its features; empty where the encoder reads the sounds in every step."""
+        encoder = self.encoder
+        if encoder.train:
+            return ""
+        parts = [PurePath(encoder.name).name]
+        parts += [encoder.revision.replace("/", "-")] if encoder.revision else []
+        parts += [f"layer{encoder.layer}"] if encoder.layer else []
+        parts += ["30s"] if encoder.pad_to_30s else []
+        parts += [encoder.dtype] if encoder.dtype != "float32" else []
+        return "-".join(parts)

@@ -68,7 +68,9 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
     source = _source(data_dir, config, origin)
     # the batch never changes a text, so a decode may go on with another
     decided = {key: value for key, value in settings.model_dump(mode="json").items() if key != "batch_size"}
-    record = {"model": sha256(model_dir / TRAINED_FILE), "data": source.identity, "decode": decided}
+    weights = {"encoder": origin.encoder_fingerprint, "language model": origin.lm_fingerprint}
+    trained = sha256(model_dir / TRAINED_FILE)
+    record = {"model": trained, "weights": weights, "data": source.identity, "decode": decided}
     if is_made(out / RECORD, record):
         log.info("decode done already out=%s", out)
         return 0
@@ -82,12 +84,8 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
         times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
         rtf = {**times, "audio_s": sum(waiting.values()), "encoder_included": source.encodes}
         _write(out, found, settings, rtf)
-        notes = {
-            "device": device_name(model.lm.model.device),
-            "data": source.identity,
-            "training": _training(model_dir),
-        }
-        write_json(out / PROVENANCE_FILE, provenance(notes))
+        notes = {"device": device_name(model.lm.model.device), "training": _training(model_dir)}
+        write_json(out / PROVENANCE_FILE, provenance(notes | {"data": source.identity, "weights": weights}))
         finish(out / RECORD)
         (out / PARTIAL).unlink()
     return len(waiting)

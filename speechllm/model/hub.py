@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from speechllm.errors import ModelError
 from speechllm.model import packaged
@@ -23,6 +25,8 @@ from speechllm.runtime import read_json
 log = logging.getLogger(__name__)
 
 EDGE_BYTES = 1 << 20  # of each weight file, hashed at both ends for the fingerprint
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises of a folder that it cannot read: a missing file, a wrong type, weights of another size."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -93,6 +97,37 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     return downloaded, "model hub"
 
 
+def config_file(name: str, revision: str | None) -> Path:
+    """Return config.json of a model, without its weights.
+
+    Raises:
+        ModelError: neither this machine nor the hub has it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    local = find_local(name)
+    if local is not None:
+        return local / "config.json"
+    if revision is None and name in packaged.PACKAGED and packaged.is_installed(name):
+        return _convert(name) / "config.json"
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision, etag_timeout=5))
+    except _unreachable() as error:
+        fix = "give a folder, set SPEECHLLM_MODELS, or check the name and the network"
+        raise ModelError(name, "no such model folder, known shape or hub model", fix) from error
+
+
+def _unreachable() -> tuple[type[BaseException], ...]:
+    """Return what the hub's client raises where it cannot be reached.
+
+    The transport library differs between releases of huggingface_hub; its errors module knows which.
+    """
+    from huggingface_hub import errors
+
+    transport = [kind for name, kind in vars(errors).items() if name == "HTTPError"]
+    return (errors.HFValidationError, OSError, ValueError, *transport)
+
+
 def _is_whole(folder: Path) -> bool:
     """Return whether a cached snapshot has weights: transformers caches a tokenizer alone, too."""
     return (folder / "config.json").is_file() and any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
@@ -107,8 +142,6 @@ def _from_hub(name: str, revision: str | None, *, local_only: bool) -> Path | No
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    # the transport library differs between releases of huggingface_hub; its errors module knows which
-    transport = tuple(kind for kind_name, kind in vars(hub_errors).items() if kind_name == "HTTPError")
     folder = None
     try:
         # pickled weights only where there are no others; transformers reads them as tensors alone
@@ -124,7 +157,7 @@ def _from_hub(name: str, revision: str | None, *, local_only: bool) -> Path | No
     except hub_errors.GatedRepoError as error:
         fix = "accept its terms on the model hub and set HF_TOKEN"
         raise ModelError(name, "its owner asks for its terms to be accepted", fix) from error
-    except (hub_errors.HFValidationError, *transport, OSError, ValueError):
+    except _unreachable():
         return None
     return folder
 

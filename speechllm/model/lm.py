@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import ConfigError, ModelError
 from speechllm.model import vocabulary
+from speechllm.model.hub import UNREADABLE
 from speechllm.runtime import torch_dtype
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
         raise ModelError(folder, f"has no readable tokenizer ({reason})", "download the whole model") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(folder, "its tokenizer has no end-of-sequence token", "use another model")
@@ -115,8 +116,8 @@ def load_lm(
         model, report = AutoModelForCausalLM.from_pretrained(
             found.folder, dtype=torch_dtype(dtype), output_loading_info=True, **settings
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
         raise ModelError(found.folder, f"is no causal language model ({reason})", "name another in lm.name") from error
     if report["missing_keys"]:
         raise ModelError(found.folder, f"lacks the weight {min(report['missing_keys'])}", "download it again")
@@ -190,11 +191,6 @@ def merge_lora(lm: LanguageModel) -> None:
     for _, module in lm.model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "merge"):
             module.merge(safe_merge=True)
-
-
-def lora_state(lm: LanguageModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors by name."""
-    return {name: value for name, value in lm.model.named_parameters() if LORA_KEY in name}
 
 
 def kept_ids_for(found: Resolved, texts: Iterable[str]) -> list[int]:

@@ -22,8 +22,10 @@ from speechllm.config.schema import Config
 from speechllm.errors import ModelError
 from speechllm.model import hub
 from speechllm.model.assemble import CONFIG_FILE, FORMAT, MODEL_FILE, TRAINED_FILE
+from speechllm.model.lm import load_tokenizer
 from speechllm.model.state import load_tensors
 from speechllm.runtime import read_json, write_json
+from speechllm.text.prompt import encode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,13 +34,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAYOUT = 1  # of what is made of a checkpoint; grows with it
+SEPARATOR = "[SEP]"
+BRIDGE = {"bridge_conv_kernel_size": [4, 4], "bridge_conv_stride": [2, 2]}  # as published, and as `NueBridge` has it
 ENCODER, LM, MODEL = "encoder", "lm", "model"
 PARTS = {"audio_encoder.": ENCODER, "llm.": LM, "bridge_": MODEL}
 PROJECTOR_NAMES = {"bridge_convs.": "projector.convs.", "bridge_proj.": "projector.out."}
 TOKENIZER_SUFFIXES = (".model", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # how the published program reads and writes (nue_asr/transcribe.py)
-READING = {"prompt": "", "template": "{audio}[SEP]"}
+READING = {"prompt": "", "template": f"{{audio}}{SEPARATOR}"}
 DECODING = {"tokens_per_s": 4.0, "extra_tokens": 20, "min_tokens": 2}
 
 
@@ -49,7 +54,7 @@ def imported(name: str, revision: str | None = None) -> Path:
         ModelError: no such model, or not of that layout.
     """
     found = hub.resolve(name, revision)
-    folder = hub.cache_dir() / f"nue-asr-{found.fingerprint}"
+    folder = hub.cache_dir().resolve() / f"nue-asr-{LAYOUT}-{found.fingerprint}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / MODEL / MODEL_FILE).is_file():
@@ -64,6 +69,9 @@ def _import(found: hub.Resolved, folder: Path) -> None:
     encoder, lm = content.get("audio_encoder_config"), content.get("llm_config")
     if content.get("model_type") != "nue_asr" or not isinstance(encoder, dict) or not isinstance(lm, dict):
         raise ModelError(found.folder, "is no Nue-ASR checkpoint", "name rinna/nue-asr or a copy of it")
+    for key, published in BRIDGE.items():
+        if content.get(key, published) != published:
+            raise ModelError(found.folder, f"has {key} {content[key]}, not {published}", "use the published checkpoint")
     _split_weights(found.folder, folder)
     write_json(folder / ENCODER / "config.json", {**encoder, "model_type": "hubert"})
     # the published program hands the samples on as they are
@@ -75,29 +83,26 @@ def _import(found: hub.Resolved, folder: Path) -> None:
     for path in found.folder.iterdir():
         if path.name in TOKENIZER_FILES or path.suffix in TOKENIZER_SUFFIXES:
             shutil.copyfile(path, folder / LM / path.name)
-    _write_model(folder, content, encoder)
+    if len(encode(load_tokenizer(folder / LM), SEPARATOR)) != 1:
+        raise ModelError(found.folder, f"its tokenizer does not know {SEPARATOR}", "use the published checkpoint")
+    _write_model(folder)
 
 
-def _write_model(folder: Path, content: dict[str, object], encoder: dict[str, object]) -> None:
+def _write_model(folder: Path) -> None:
     """Write configuration and origin; ``model.json`` comes last."""
-    kernels, strides = content.get("bridge_conv_kernel_size", [4, 4]), content.get("bridge_conv_stride", [2, 2])
-    if not all(isinstance(sizes, list) and len(sizes) == 2 and len(set(sizes)) == 1 for sizes in (kernels, strides)):  # noqa: PLR2004 - two convolutions
-        raise ModelError(
-            folder, f"has a bridge of kernels {kernels}, strides {strides}", "use the published checkpoint"
-        )
     config = Config.model_validate(
         {
             **READING,
             "encoder": {"name": str(folder / ENCODER)},
             "lm": {"name": str(folder / LM), "dtype": "float32"},
-            "projector": {"kind": "nue", "kernel": kernels[0], "stride": strides[0]},  # type: ignore[index] # two lists
+            "projector": {"kind": "nue"},
             "lora": None,
             "decode": DECODING,
         }
     )
     configs.dump(config, folder / MODEL / CONFIG_FILE)
     origin = {
-        "width_h": encoder.get("hidden_size", 768),  # HuBERT-base's, as in transformers
+        "width_h": len(load_tensors(folder / MODEL / TRAINED_FILE)["projector.convs.0.bias"]),
         "encoder_fingerprint": hub.fingerprint(folder / ENCODER),
         "lm_fingerprint": hub.fingerprint(folder / LM),
         "kept_ids": None,
@@ -111,7 +116,7 @@ def _split_weights(source: Path, folder: Path) -> None:
     Raises:
         ModelError: there are no weights, or a tensor belongs to no part.
     """
-    shards = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    shards = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not shards:
         raise ModelError(source, "has no weights", "download the whole model")
     places: dict[str, dict[str, str]] = {part: {} for part in PARTS.values()}
@@ -125,6 +130,9 @@ def _split_weights(source: Path, folder: Path) -> None:
             if tensors:
                 _save(folder / part / file, tensors)
                 places[part] |= dict.fromkeys(tensors, file)
+    for part, names in places.items():
+        if not names:
+            raise ModelError(source, f"has no tensor of the {part}", "use the published checkpoint")
     for part in (ENCODER, LM):
         write_json(folder / part / "model.safetensors.index.json", {"metadata": {}, "weight_map": places[part]})
 

@@ -14,12 +14,13 @@ from speechllm.config.load import read_yaml
 from speechllm.errors import ModelError
 from speechllm.model import hub
 from speechllm.model.ctc import KANA
+from speechllm.model.encoder import cut_layers, without_pretraining
 from speechllm.model.lm import LORA_KEY, add_lora_layers
 from speechllm.model.projector import AnyProjector, build_projector
 from speechllm.runtime import read_json
 
 if TYPE_CHECKING:
-    from speechllm.config.schema import Config
+    from speechllm.config.schema import Config, EncoderConfig
 
 KNOWN = Path(__file__).with_name("shapes.yaml")
 META = torch.device("meta")
@@ -65,12 +66,12 @@ def shape_of(name: str, revision: str | None = None) -> Any:
     elif name in known and revision is None:
         content = dict(known[name])
     else:
-        content = read_json(hub.resolve(name, revision).folder / "config.json")
+        content = read_json(hub.config_file(name, revision))
     kind = content.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **content)
-    except ValueError as error:
-        raise ModelError(name, f"is a {kind} model, which transformers does not know", "name another model") from error
+    except hub.UNREADABLE as error:
+        raise ModelError(name, f"is a {kind} model that transformers cannot make", "name another model") from error
 
 
 def skeleton(config: Config) -> Skeleton:
@@ -85,30 +86,43 @@ def skeleton(config: Config) -> Skeleton:
     encoder_shape = shape_of(config.encoder.name, config.encoder.revision)
     lm_shape = shape_of(config.lm.name, config.lm.revision)
     with META:
-        lm = AutoModelForCausalLM.from_config(lm_shape)
+        try:
+            lm = AutoModelForCausalLM.from_config(lm_shape)
+        except hub.UNREADABLE as error:
+            raise ModelError(config.lm.name, "is no causal language model", "name another in lm.name") from error
         if config.lora is not None:
             add_lora_layers(lm, config.lora)
         kana_kd = torch.empty(len(KANA), lm_shape.hidden_size)
         projector = build_projector(config.projector, encoder_shape.hidden_size, lm_shape.hidden_size, kana_kd)
-    return Skeleton(encoder_skeleton(encoder_shape), projector, lm)
+    return Skeleton(_encoder(config.encoder, encoder_shape), projector, lm)
 
 
-def encoder_skeleton(shape: Any) -> nn.Module:
-    """Return an encoder on the meta device; of Whisper its first half."""
+def _encoder(config: EncoderConfig, shape: Any) -> nn.Module:
+    """Return what is used of an encoder, on the meta device: of Whisper its first half, the layers up to the chosen."""
     from transformers import AutoModel
 
     with META:
         model: Any = AutoModel.from_config(shape)
-    half: nn.Module = model.get_encoder() if shape.model_type == "whisper" else model
-    return half
+    if shape.model_type == "whisper":
+        half: nn.Module = model.get_encoder()
+        cut_layers(config, half)
+        return half
+    without_pretraining(model)
+    if cut_layers(config, model.encoder) and shape.to_dict().get("do_stable_layer_norm"):
+        model.encoder.layer_norm = nn.Identity()
+    whole: nn.Module = model
+    return whole
 
 
 def whole_skeleton(name: str) -> dict[str, int]:
     """Return the parameters of a published Whisper: its encoder, and its decoder in the language model's place."""
     from transformers import WhisperForConditionalGeneration
 
+    shape = shape_of(name)
+    if shape.model_type != "whisper":
+        raise ModelError(name, f"is a {shape.model_type} model, no Whisper", "name a Whisper, or a configuration")
     with META:
-        model = WhisperForConditionalGeneration(shape_of(name))
+        model = WhisperForConditionalGeneration(shape)
     encoder = count(model.get_encoder())
     return {"encoder": encoder, "projector": 0, "lora": 0, "llm": count(model) - encoder}
 

@@ -86,6 +86,7 @@ def _made_from(ref: Path, hyp: Path) -> dict[str, object]:
     """What was scored, by its sums, and how the hypotheses came about, where the folder they lie in says so."""
     notes = hyp.parent / "provenance.json"
     run = read_json(notes) if notes.is_file() else {}
+    run.pop("argv", None)  # paths of one machine
     return {"ref_sha256": sha256(ref), "hyp_sha256": sha256(hyp), "run": run}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from speechllm.config.load import read_yaml
 from speechllm.errors import ConfigError, DataError
@@ -57,6 +57,12 @@ class Row(BaseModel):
     published: Published | None = None
     note: str = ""
 
+    @model_validator(mode="after")
+    def _each_seed_has_its_score(self) -> Row:
+        if len(self.seeds) > 1 and (SEED not in str(self.score) or self.kept is not None):
+            raise ValueError("several seeds need {seed} in score, and none can be kept")
+        return self
+
 
 class Table(BaseModel):
     """A table of systems, all scored on one set."""
@@ -81,18 +87,31 @@ class Entry:
     """Whether the score is the one in the repository."""
 
 
+def recipe_of(path: Path) -> Path:
+    """Return the folder that the paths of a table start from: a table lies in ``tables/`` of its recipe."""
+    return path.resolve().parent.parent
+
+
 def read_table(path: Path) -> Table:
-    """Return a table's description.
+    """Return a table's description, its paths made whole.
 
     Raises:
         ConfigError: it is wrong; the key is named.
     """
     try:
-        return Table.model_validate(read_yaml(path))
+        table = Table.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(path, f"{where}: {first['msg']}", "mend the table's description") from error
+    recipe = recipe_of(path)
+    rows = [
+        row.model_copy(
+            update={name: recipe / value for name in ("score", "kept", "conf") if (value := getattr(row, name))}
+        )
+        for row in table.rows
+    ]
+    return table.model_copy(update={"rows": rows})
 
 
 def write_table(paths: Sequence[Path], out: Path) -> str:
@@ -129,7 +148,7 @@ def _read_score(path: Path, name: str) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = content["metrics"]["cer"]["value"], content["num_utts"]
-        scorer, hypotheses = made_by(content["signature"]), content["made_from"]["hyp_sha256"]
+        scorer, hypotheses = made_by(str(content["signature"])), content["made_from"]["hyp_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(path, f"is no score file of ours ({error!r})", "run stage 5 again") from error
     if scorer != tool():
@@ -209,9 +228,12 @@ def _origin(entry: Entry) -> str:
     assert entry.score is not None
     run = _run(entry)
     parts = ["score in the repository" if entry.kept else "run here"]
+    for name, value in (run.get("training") or {}).get("trained_on", {}).items():
+        parts.append(f"{name} {value}")
     parts += [f"{name} {run[name]}" for name in ("source", "hypotheses", "data", "commit", "device") if run.get(name)]
     model = run.get("model")
     parts += [f"weights {model['fingerprint']} ({model['source']})"] if isinstance(model, dict) else []
-    versions = run.get("versions", {})
+    parts += [f"{name} weights {value}" for name, value in (run.get("weights") or {}).items()]
+    versions = {} if "hypotheses" in run else run.get("versions", {})  # what made others' texts is not known
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     return ", ".join([*parts, f"references {entry.score['made_from']['ref_sha256'][:12]}"])

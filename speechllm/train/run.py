@@ -36,7 +36,7 @@ from speechllm.runtime import (
 )
 from speechllm.train.checkpoint import BEST
 from speechllm.train.sets import open_sets
-from speechllm.train.tasks import CtcTask, Features, SpeechTask
+from speechllm.train.tasks import CtcTask, Features, SpeechTask, uses_autocast
 from speechllm.train.trainer import Loop, LoopOptions, Progress
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measu
     loop = Loop(task, _loop_options(config), exp)
     progress = loop.run()
     (exp / "model").mkdir(exist_ok=True)
-    _write_provenance(model, exp, progress)
+    _write_provenance(model, exp, progress, opened)
     save_model(exp / "model", model, config, origin)
     loop.clean()
 
@@ -104,7 +104,7 @@ def _training_dtype(config: Config) -> str:
     return "bfloat16" if computes_bfloat16(pick_device(config.device)) else "float32"
 
 
-def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
+def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: Opened) -> None:
     """Write what the run took and made; the CTC head is trained too, though not by the last loop."""
     device = model.lm.model.device
     head = exp / "ctc" / MINUTES
@@ -114,6 +114,12 @@ def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress) -> None:
         "best_step": progress.best_step,
         "trainable": sum(value.numel() for value in model.trainable_state().values()),
         "device": device_name(device),
+        "trained_on": {
+            "training set": opened.train.folder.name,
+            "training utterances": len(opened.train.examples),
+            "training hours": round(sum(one.duration_s for one in opened.train.examples.values()) / 3600, 2),
+            "training data": opened.train_data,
+        },
     }
     write_json(exp / "model" / PROVENANCE_FILE, provenance(content))
 
@@ -125,7 +131,7 @@ def _claim(config: Config, opened: Opened, exp: Path) -> None:
         "validation data": opened.valid_data,
         "encoder": opened.encoder_fingerprint,
         "language model": hub.resolve(config.lm.name, config.lm.revision).fingerprint,
-        "precision": _training_dtype(config),
+        "precision": _training_dtype(config) + (" with bfloat16 products" if uses_autocast(config) else ""),
     }
     _refuse_other_run(config, record, exp)
     configs.dump(config, exp / CONFIG_FILE)

@@ -13,7 +13,7 @@ from speechllm.model.ctc import best_kana, ctc_loss, targets_of
 from speechllm.model.lm import LORA_KEY
 from speechllm.model.projector import CtcBridge
 from speechllm.model.speechllm import pad_frames
-from speechllm.runtime import computes_bfloat16
+from speechllm.runtime import computes_bfloat16, pick_device
 from speechllm.text.reading import katakana_reading
 from speechllm.train.optim import Group
 from speechllm.train.sets import WaveSet
@@ -129,6 +129,15 @@ class CtcTask:
         self.head.load_state_dict(dict(tensors))
 
 
+def uses_autocast(config: Config) -> bool:
+    """Return whether training multiplies in bfloat16 over float32 weights: where the language model itself is trained.
+
+    A frozen one is held in bfloat16, which autocast would only slow.
+    """
+    wanted = config.lm.train and config.lm.dtype in {"auto", "bfloat16"}
+    return wanted and computes_bfloat16(pick_device(config.device))
+
+
 class SpeechTask:
     """Trains projector and adapter to write the transcript."""
 
@@ -180,13 +189,8 @@ class SpeechTask:
             return self.model.loss(frames_beh, frames_b, texts)
 
     def _autocast(self) -> torch.autocast:
-        """Return bfloat16 arithmetic over float32 weights where the language model itself is trained.
-
-        A frozen one is held in bfloat16, which autocast would only slow.
-        """
-        device = self.features.device
-        wanted = self.config.lm.train and self.config.lm.dtype in {"auto", "bfloat16"} and computes_bfloat16(device)
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+        """Return the precision of the products; see `uses_autocast`."""
+        return torch.autocast(self.features.device.type, dtype=torch.bfloat16, enabled=uses_autocast(self.config))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

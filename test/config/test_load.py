@@ -243,8 +243,30 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
         ("lm: {name: l, train: true}", "lm.train goes with lora: null"),
         ("lora: null\ntrain: {adapter_from: 0.5}", "train.adapter_from needs an adapter"),
         ("encoder: {name: e, train: true}\ntrain: {augment: {noise: 1}}", "train.augment changes stored features"),
+        ("encoder: {name: e, train: true, dtype: bfloat16}", "encoder.train goes with encoder.dtype float32"),
+        ("encoder: {name: e, train: true}\nprojector: {kind: ctc}", "projector ctc is trained on a frozen encoder"),
+        ("lm: {name: l, train: true, dtype: float16}\nlora: null", "lm.train goes with lm.dtype auto"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / "base.yaml").write_text(BASE, encoding="utf-8")
     assert what in _fault(tmp_path, f"extends: base.yaml\n{text}\n")
+
+
+def test_a_fault_in_a_file_that_is_extended_is_named_there(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(BASE + "train:\n  epochs: 3\n  peak_lr: -1\n", encoding="utf-8")
+    assert _fault(tmp_path, "extends: base.yaml\ntrain:\n  epochs: 4\n").startswith("base.yaml:5: train.peak_lr: ")
+    assert _fault(tmp_path, "extends: base.yaml\ntrain:\n  peak_lr: -2\n").startswith("c.yaml:3: train.peak_lr: ")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tag"),
+    [
+        ("{name: microsoft/wavlm-large}", "wavlm-large"),
+        ("{name: /models/wavlm-large, dtype: bfloat16, layer: 18}", "wavlm-large-layer18-bfloat16"),
+        ("{name: openai/whisper-base, pad_to_30s: true, revision: refs/pr/1}", "whisper-base-refs-pr-1-30s"),
+        ("{name: rinna/japanese-hubert-base, train: true}", ""),
+    ],
+)
+def test_features_have_a_folder_named_after_what_decides_them(tmp_path: Path, encoder: str, tag: str) -> None:
+    assert _load(tmp_path, f"encoder: {encoder}\nlm: {{name: l}}\n").feature_tag == tag

@@ -18,7 +18,6 @@ from speechllm.model.lm import (
     context_length,
     load_lm,
     load_tokenizer,
-    lora_state,
     merge_lora,
     positions_of,
 )
@@ -47,7 +46,7 @@ def with_lora(folder: Path, name: str, *, trained: bool) -> LanguageModel:
     torch.manual_seed(5)
     add_lora(lm, lora(name))
     if trained:
-        for key, value in lora_state(lm).items():
+        for key, value in tiny.lora_state(lm).items():
             if "lora_B" in key:
                 torch.nn.init.normal_(value, std=0.5)
     return lm
@@ -136,14 +135,14 @@ def test_a_merged_adapter_gives_the_logits_of_an_unmerged_one(name: str, folders
 def test_only_the_adapter_is_trainable(name: str, folders: dict[str, Path]) -> None:
     lm = with_lora(folders[name], name, trained=False)
     trainable = {key for key, value in lm.model.named_parameters() if value.requires_grad}
-    assert trainable == set(lora_state(lm))
+    assert trainable == set(tiny.lora_state(lm))
     assert len(trainable) == 2 * 2 * len(tiny.LORA_TARGETS[name])
 
 
 def test_the_adapter_of_a_bfloat16_model_is_float32(folders: dict[str, Path]) -> None:
     lm = load_lm(tiny.found(folders["llama"]), "bfloat16", tiny.CPU, None)
     add_lora(lm, lora("llama"))
-    assert {value.dtype for value in lora_state(lm).values()} == {torch.float32}
+    assert {value.dtype for value in tiny.lora_state(lm).values()} == {torch.float32}
     assert lm.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert logits_of(lm, SHORT).dtype == torch.float32
 
@@ -164,7 +163,7 @@ def test_rank_eight_has_the_published_number_of_parameters(
         model = LlamaForCausalLM(LlamaConfig(**{**shape, "num_hidden_layers": 1}))
         lm = LanguageModel(model, tiny.tokenizer(), None)
         add_lora(lm, LoraConfig(rank=8, targets=targets))
-    assert shape["num_hidden_layers"] * sum(value.numel() for value in lora_state(lm).values()) == count
+    assert shape["num_hidden_layers"] * sum(value.numel() for value in tiny.lora_state(lm).values()) == count
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(folders: dict[str, Path]) -> None:

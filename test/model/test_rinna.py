@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,12 +85,16 @@ def write_checkpoint(folder: Path, *, old_names: bool = False) -> Published:
     for new, old in OLD_NAMES.items() if old_names else ():
         tensors = {name.replace(new, old): value for name, value in tensors.items()}
     folder.mkdir(parents=True)
+    shape = config.to_dict()
+    if old_names:  # as transformers of 2023 wrote it
+        rope = shape.pop("rope_parameters")
+        shape |= {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": rope["rope_theta"]}
     copies = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     save_file(copies, folder / "model.safetensors")
     content = {
         "model_type": "nue_asr",
         "audio_encoder_config": {**hubert.config.to_dict(), "transformers_version": "4.33.0"},
-        "llm_config": config.to_dict(),
+        "llm_config": shape,
         "bridge_conv_kernel_size": [4, 4],
         "bridge_conv_stride": [2, 2],
     }
@@ -157,14 +162,55 @@ def test_a_checkpoint_is_cut_once(published: Published) -> None:
     assert (folder / "model/model.json").stat().st_mtime_ns == before
 
 
-def test_an_unknown_tensor_is_named(tmp_path: Path, published: Published) -> None:
-    folder = tmp_path / "other"
-    folder.mkdir()
-    tensors = load_file(published.folder / "model.safetensors")
-    save_file({**tensors, "adapter.weight": torch.zeros(2)}, folder / "model.safetensors")
-    (folder / "config.json").write_bytes((published.folder / "config.json").read_bytes())
+@pytest.fixture
+def copy(tmp_path: Path, published: Published) -> Path:
+    """A copy of the checkpoint that may be changed."""
+    shutil.copytree(published.folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_an_unknown_tensor_is_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "adapter.weight": torch.zeros(2)}, copy / "model.safetensors")
     with pytest.raises(ModelError, match=r"holds the unknown tensor adapter\.weight; use the published checkpoint"):
-        rinna.imported(str(folder))
+        rinna.imported(str(copy))
+
+
+def test_a_checkpoint_without_a_bridge_is_refused_every_time(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if "bridge" not in name}, copy / "model.safetensors")
+    for _ in range(2):
+        with pytest.raises(ModelError, match="has no tensor of the model; use the published checkpoint"):
+            rinna.imported(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("bridge_conv_kernel_size", [99, 99], r"has bridge_conv_kernel_size \[99, 99\], not \[4, 4\]"),
+        ("bridge_conv_stride", [[2], 2], "has bridge_conv_stride"),
+        ("llm_config", None, "is no Nue-ASR checkpoint"),
+    ],
+)
+def test_another_shape_of_bridge_or_model_is_refused(copy: Path, key: str, value: object, what: str) -> None:
+    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**content, key: value}), encoding="utf-8")
+    with pytest.raises(ModelError, match=what):
+        rinna.imported(str(copy))
+
+
+def test_a_tokenizer_that_spells_the_separator_out_is_refused(copy: Path) -> None:
+    tiny.tokenizer().save_pretrained(copy)
+    with pytest.raises(ModelError, match=r"its tokenizer does not know \[SEP\]"):
+        rinna.imported(str(copy))
+
+
+def test_a_size_that_is_no_number_is_one_line(copy: Path, data: Path, tmp_path: Path) -> None:
+    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    content["llm_config"]["hidden_size"] = "wide"
+    (copy / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"has no readable tokenizer .*hidden_size"):
+        stages.baseline("nue-asr", data, tmp_path / "out", stages.BaselineOptions(model=str(copy)))
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:

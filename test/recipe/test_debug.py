@@ -50,7 +50,7 @@ def test_the_recipe_overfits_its_few_utterances_to_cer_0(recipe: Path) -> None:
 
 def test_a_second_run_changes_nothing(tree: Path, recipe: Path) -> None:
     made = ["exp/debug/model/trained.safetensors", "exp/debug/decode_greedy/debug_train/nbest.jsonl"]
-    made += ["dump/debug/debug_train/feats.scp", "exp/debug/metrics.jsonl"]
+    made += ["dump/encoder/debug_train/feats.scp", "exp/debug/metrics.jsonl"]
     before = [(recipe / name).stat().st_mtime_ns for name in made]
     again = run(tree, "--conf", "debug")
     assert again.returncode == 0, again.stderr
@@ -119,7 +119,7 @@ def test_a_missing_transcript_stops_the_recipe_and_leaves_no_dump(tree: Path, re
     done = run(tree, "--conf", "debug", "--stage", "2", "--sets", "broken,broken,broken", "--exp", "broken")
     assert done.returncode == 2
     assert f"{lines[0].split()[0]} has audio but no transcript" in _only_error(done)
-    assert not (recipe / "dump/debug/broken").exists()
+    assert not (recipe / "dump/encoder/broken").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from local_scripts import load
 from local_server import Site, serve
 
 from speechllm.errors import ConfigError, DataError
+from speechllm.runtime import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +115,7 @@ def test_another_file_under_a_recorded_name_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"one")
     download.require_recorded(path)  # nothing is recorded yet
     download.record(path)
-    assert (tmp_path / "a.zip.sha256").read_text(encoding="utf-8") == f"{download.sha256(path)}  a.zip\n"
+    assert (tmp_path / "a.zip.sha256").read_text(encoding="utf-8") == f"{sha256(path)}  a.zip\n"
     download.require_recorded(path)
     path.write_bytes(b"two")
     with pytest.raises(DataError, match=r"a\.zip: has the SHA-256 3fc4.*, a\.zip\.sha256 says 7692.*; fetch it again"):

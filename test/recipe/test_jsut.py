@@ -16,6 +16,7 @@ from local_server import Site, serve
 
 from speechllm.data import audio, kaldi
 from speechllm.errors import ConfigError, DataError
+from speechllm.runtime import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -233,7 +234,7 @@ def test_without_a_folder_the_corpus_is_fetched(
     assert len(kaldi.load(tmp_path / "data/jsut_train")) == 7696 - 500
     assert "overlap of jsut_train with jsut_eval1: 250 of 250 sentences whole" in out  # as `packed` made them
     recorded = (tmp_path / "downloads/jsut_ver1.1.zip.sha256").read_text(encoding="utf-8")
-    assert recorded.split() == [download.sha256(tmp_path / "downloads/jsut_ver1.1.zip"), "jsut_ver1.1.zip"]
+    assert recorded.split() == [sha256(tmp_path / "downloads/jsut_ver1.1.zip"), "jsut_ver1.1.zip"]
     site.asked.clear()
     assert jsut.obtain(tmp_path / "downloads") == tmp_path / "downloads/jsut_ver1.1"
     assert site.asked == []

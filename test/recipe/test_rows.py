@@ -6,7 +6,7 @@ import io
 import json
 import os
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import copied
 import numpy as np
@@ -22,9 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    WhisperConfig,
     WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
 )
 
 from speechllm.config import load as configs
@@ -67,30 +65,12 @@ def _lm(folder: Path, model_class: type, config_class: type, *specials: str, **s
 
 def _whisper(folder: Path) -> None:
     """Write a Whisper that knows Japanese by name, as the multilingual ones do."""
-    torch.manual_seed(6)
     made = tiny.byte_level_tokenizer()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token=SPECIALS[0])
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS[1:])})
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
     first, begin = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
-    shape = WhisperConfig(
-        vocab_size=len(tokenizer),
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_target_positions=32,
-        pad_token_id=first,
-        bos_token_id=first,
-        eos_token_id=first,
-        decoder_start_token_id=begin,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    model = WhisperForConditionalGeneration(shape)
+    model: Any = tiny.whisper_model(len(tokenizer), begin, first)
     model.generation_config = GenerationConfig(
         decoder_start_token_id=begin,
         pad_token_id=first,
@@ -190,14 +170,10 @@ def test_a_row_runs_the_whole_recipe(tree: Path, conf: str) -> None:
     recipe = tree / "egs/jsut/asr1"
     prepared = (recipe / "data/jsut_basic5000/wav.scp").is_file()
     options = ["--conf", conf, *(["--stage", "2"] if prepared else [])]
-    if conf == "jsut_nue":
-        options += ["--stop-stage", "3"]  # its baseline is a checkpoint of its own: test_rinna.py
     _run(tree, *options)
     exp = recipe / "exp" / conf
     trained = json.loads((exp / "model/provenance.json").read_text(encoding="utf-8"))
     assert trained["trainable"] > 0
-    if conf == "jsut_nue":
-        return
     score = json.loads((exp / "decode_greedy/jsut_basic5000/score.json").read_text(encoding="utf-8"))
     assert score["num_utts"] == NUM_BASIC
     assert score["made_from"]["run"]["training"]["trainable"] == trained["trainable"]
@@ -206,3 +182,11 @@ def test_a_row_runs_the_whole_recipe(tree: Path, conf: str) -> None:
     (line,) = [line for line in shown if line.startswith(f"| {names[conf]} |")]
     assert f"{100 * score['metrics']['cer']['value']:.2f} [" in line
     assert configs.load(exp / "config.yaml") == configs.load(recipe / f"conf/{conf}.yaml")
+
+
+def test_a_baseline_is_one_command(tree: Path) -> None:
+    shown = _run(tree, "--conf", "jsut", "--baseline", "whisper:openai/whisper-large-v3")
+    score = tree / "egs/jsut/asr1/exp/whisper-large-v3/decode_greedy/jsut_basic5000/score.json"
+    assert json.loads(score.read_text(encoding="utf-8"))["num_utts"] == NUM_BASIC
+    assert "| openai/whisper-large-v3 |" in shown
+    assert shown.count("nothing to do for a baseline") == 2

@@ -20,8 +20,8 @@ Usage: ./run.sh [OPTIONS]
   --launcher NAME    local
   --exp NAME         name of the experiment (default: the configuration's)
   --seed N           seed in place of the configured one; the experiment is then CONF_seedN
-  --baseline N:CKPT  stages 4 and 5 for this system alone: whisper, nue-asr, reazonspeech-espnet, reazonspeech-nemo,
-                     each with a checkpoint (whisper:openai/whisper-large-v3)
+  --baseline N:CKPT  this system alone, nothing of ours: whisper, nue-asr, reazonspeech-espnet or reazonspeech-nemo
+                     with a checkpoint (whisper:openai/whisper-large-v3); stage 1 then prepares the test set's corpus
   --sets A,B,C       your own data/A to train on, data/B to validate and data/C to test on (with --stage 2)
   --list             list the stages and stop
   --help             this text
@@ -87,31 +87,32 @@ export PATH="$top/.venv/bin:$PATH"
 if ((ngpu == 0)); then export CUDA_VISIBLE_DEVICES=''; fi
 
 yaml=conf/$conf.yaml
-# corpora to prepare, the sets of this configuration, the folder of its features (empty: the encoder reads in every
-# step, nothing is stored), its table, and the baselines to run beside it as NAME:CHECKPOINT
-corpora=() train_set='' valid_set='' eval_set='' encoder_tag='' table='' baselines=()
+# corpora to prepare (the last holds the test set), the sets of this configuration, its table, and the baselines to run
+# beside it as NAME:CHECKPOINT
+corpora=() train_set='' valid_set='' eval_set='' table='' baselines=()
 # shellcheck source=/dev/null
 . ./local/corpus.sh "$conf"
 if [[ -n $baseline_alone ]]; then
   [[ $baseline_alone =~ ^[a-z-]+:[A-Za-z0-9/._-]+$ ]] || fail "--baseline '$baseline_alone' is not NAME:CHECKPOINT" "see --help"
-  ((stage == 4)) || fail "--baseline is for stages 4 and 5" "add --stage 4"
-  baselines=("$baseline_alone")
+  baselines=("$baseline_alone") corpora=("${corpora[-1]}")
 fi
 if [[ -n $own_sets ]]; then
   [[ $own_sets =~ ^[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+,[A-Za-z0-9_.-]+$ ]] || fail "--sets '$own_sets' is not A,B,C" "see --help"
-  [[ $exp != "$conf" ]] || fail "--sets needs a name for the experiment" "add --exp NAME"
+  [[ $exp != "$conf${seed:+_seed$seed}" ]] || fail "--sets needs a name for the experiment" "add --exp NAME"
   ((stage > 1)) || fail "stage 1 makes the data of $conf, not yours" "add --stage 2"
   IFS=, read -r train_set valid_set eval_set <<<"$own_sets"
 fi
-dump=data
-if [[ -n $encoder_tag ]]; then dump=dump/$encoder_tag; fi
+feature_tag=$(speechllm tag --conf "$yaml")
+dump=data # where the encoder reads the sounds in every step
+if [[ -n $feature_tag ]]; then dump=dump/$feature_tag; fi
 train_options=() decode_options=()
 if [[ -n $seed ]]; then train_options=(--set "seed=$seed"); fi
 tag=greedy
 if [[ -n $beam ]]; then decode_options=(--beam "$beam") tag=beam$beam; fi
-if [[ ! -f tables/$table.yaml || $exp != "$conf${seed:+_seed$seed}" || -n $beam ]]; then table=''; fi
+if [[ ! -f tables/$table.yaml || $exp != "$conf" || -n $own_sets || -n $beam ]]; then table=''; fi
 decoded=decode_$tag/$eval_set baseline=decode_greedy/$eval_set
 mapfile -t sets < <(printf '%s\n' "$train_set" "$valid_set" "$eval_set" | sort -u)
+if [[ -n $baseline_alone ]]; then sets=("$eval_set"); fi
 
 # each command runs in the background, so that a signal reaches it at once and not when it is over
 child=''
@@ -137,6 +138,7 @@ stage_data() {
 }
 
 stage_dump() {
+  if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
   if [[ $dump == data ]]; then echo "nothing to store: the encoder reads the sounds in every step"; return; fi
   for set in "${sets[@]}"; do
     go speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
@@ -144,6 +146,7 @@ stage_dump() {
 }
 
 stage_train() {
+  if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
   go speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp" \
     "${train_options[@]}"
 }
@@ -170,6 +173,7 @@ stage_score() {
   if [[ -z $baseline_alone ]]; then score "exp/$exp/$decoded"; fi
   for entry in "${baselines[@]}"; do score "exp/${entry##*/}/$baseline"; done
   if [[ -n $table ]]; then go speechllm table "tables/$table.yaml" --out "exp/$exp/RESULTS.md"; fi
+  if [[ -n $baseline_alone ]]; then return; fi
   cat <<NEXT
 
 Where to look next, in $PWD:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034 # sourced by asr.sh, which uses these names
-# What configuration $1 runs on: the corpora and its sets, the folder of its features, the baselines and the table.
+# What configuration $1 runs on: the corpora and its sets, the baselines beside it and the table.
 corpora=(mini) train_set=mini_train valid_set=mini_dev eval_set=mini_eval
-encoder_tag=whisper-base baselines=(whisper:openai/whisper-base) table=$1
+baselines=(whisper:openai/whisper-base) table=$1
 case $1 in
   mini) ;;
   mini_conv) table=mini ;;
@@ -11,14 +11,10 @@ case $1 in
     size=${REAZONSPEECH_SIZE:-medium}
     corpora=("reazonspeech-$size" jsut)
     train_set=reazonspeech_${size}_train valid_set=reazonspeech_${size}_dev eval_set=jsut_basic5000
-    encoder_tag=wavlm-large table=paper baselines=(whisper:openai/whisper-large-v3)
-    case $1 in
-      jsut_hubert) encoder_tag=japanese-hubert-large ;;
-      jsut_nue) encoder_tag='' baselines+=(nue-asr:rinna/nue-asr) ;;
-    esac
+    table=paper baselines=() # each other system is a row of its own: --baseline
     ;;
   debug)
-    corpora=(debug) train_set=debug_train valid_set=debug_train eval_set=debug_train encoder_tag=debug baselines=()
+    corpora=(debug) train_set=debug_train valid_set=debug_train eval_set=debug_train baselines=()
     ;;
-  *) encoder_tag=$1 ;; # a configuration of yours: the mini corpus, and a folder of its own for its features
+  *) ;; # a configuration of yours runs on the mini corpus, or on your --sets
 esac

@@ -4,7 +4,7 @@ Usage: data.py --corpus mini|mini_open|debug|jsut|reazonspeech-SIZE --out data [
 
 jsut               the folder of $JSUT; where that is not set it is fetched into downloads/
 reazonspeech-SIZE  tiny, small, medium (1,000 h), large or all: the copy in $REAZONSPEECH, or fetched;
-                   --profile names the text profile of its training texts (default: raw)
+                   --profile names the text profile of its training texts (default: train)
 
 Where the texts of both are there, it is measured how much of JSUT's was trained on.
 """
@@ -26,7 +26,7 @@ from speechllm.errors import ConfigError, exit_status
 
 DOWNLOADS = Path("downloads")
 DEBUG_MODELS = DOWNLOADS / "debug"
-PROFILE = "raw"
+PROFILE = "train"
 
 
 def prepare(corpus: str, out: Path, workers: int, profile: str = PROFILE) -> None:

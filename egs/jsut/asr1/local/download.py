@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from speechllm.errors import ConfigError, DataError
-from speechllm.runtime import write_text
+from speechllm.runtime import sha256, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,12 +147,6 @@ def _tag(part: Path) -> Path:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def require_recorded(path: Path) -> None:

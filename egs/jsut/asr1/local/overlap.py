@@ -25,12 +25,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import download
 from tqdm import tqdm
 
 from speechllm.data.kaldi import read_table, split_key
 from speechllm.errors import DataError, exit_status
-from speechllm.runtime import read_json, write_json
+from speechllm.runtime import read_json, sha256, write_json
 from speechllm.text.normalize import get_profile
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def measure(train: Path, tests: Sequence[Path]) -> str:
     for folder in folders:
         if not (folder / "text").is_file():
             raise DataError(folder / "text", "no such file", "make the data directory first")
-    made_from = {folder.name: download.sha256(folder / "text") for folder in folders}
+    made_from = {folder.name: sha256(folder / "text") for folder in folders}
     head: dict[str, object] = {
         "version": VERSION,
         "profile": PROFILE.tag,

@@ -21,10 +21,10 @@ and is not done here.
 **dev** is every utterance whose hashed id falls in one five-hundredth; the 1,000 with the smallest hashes are used and
 the rest of that share is left out. So what is dev in one size is never trained on in another.
 
-**Text.** The profile of the training texts is a choice (``--profile``), `raw` by default: captions keep their
-punctuation, digits and widths, nothing is lost, and every scoring profile can still be applied to what the model
-writes. `train` makes widths and blanks uniform besides; `default` and `reazon` drop punctuation and spell out
-numbers, which no later step can undo.
+**Text.** The profile of the training texts is a choice (``--profile``), `train` by default: widths and blanks become
+uniform, punctuation and digits stay, so every scoring profile can still be applied to what the model writes. `raw`
+keeps the captions as they are; `default` and `reazon` drop punctuation and spell out numbers, which no later step can
+undo.
 
 **Cost.** Checking and storing 1,000 h takes about 40 minutes of one core (measured on one hour). The utterances of a
 size are held in memory while its tables are written: 1.4 GB for a million of them (measured), so about 1 GB for
@@ -47,7 +47,7 @@ from tqdm import tqdm
 from speechllm.data.kaldi import Utterance, byte_order, write_dir
 from speechllm.errors import ConfigError, DataError
 from speechllm.folders import begin, finish, is_made, only_writer
-from speechllm.runtime import derive_seed, worker_pool, write_text
+from speechllm.runtime import derive_seed, sha256, worker_pool, write_text
 from speechllm.text.normalize import get_profile
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def prepare(size: str, out: Path, workers: int, profile: str, source: Source) ->
     wavs, train = out / "wav" / "reazonspeech", out / f"reazonspeech_{size}_train"
     with only_writer(wavs):
         table = source.table(size)
-        digest = download.sha256(table)
+        digest = sha256(table)
         record = {"corpus": f"{PREFIX}{size}", "profile": tag, "rules": RULES_VERSION, "table": digest}
         if is_made(train / MARK, record):
             return
