@@ -201,6 +201,8 @@ def test_another_shape_of_bridge_or_model_is_refused(copy: Path, key: str, value
 
 def test_a_tokenizer_that_spells_the_separator_out_is_refused(copy: Path) -> None:
     tiny.tokenizer().save_pretrained(copy)
+    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**content, "note": "another model"}), encoding="utf-8")
     with pytest.raises(ModelError, match=r"its tokenizer does not know \[SEP\]"):
         rinna.imported(str(copy))
 

@@ -287,4 +287,4 @@ def test_a_corpus_that_is_not_known_is_refused(tmp_path: Path) -> None:
     sizes = ", ".join(f"reazonspeech-{size}" for size in reazonspeech.NUM_TARS)
     assert str(caught.value) == f"jsvt: no such corpus; choose one of jsut, {sizes}, mini, mini_open, debug"
     with pytest.raises(ConfigError, match="--profile: jsut has none; leave it out, or take reazonspeech-SIZE"):
-        data.prepare("jsut", tmp_path, 1, "train")
+        data.prepare("jsut", tmp_path, 1, "raw")

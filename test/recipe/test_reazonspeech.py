@@ -90,7 +90,7 @@ def copy(corpus: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def _prepare(copy: Path, out: Path, size: str = "small", profile: str = "raw") -> None:
+def _prepare(copy: Path, out: Path, size: str = "small", profile: str = "train") -> None:
     reazonspeech.prepare(size, out, 1, profile, reazonspeech.Source(out.parent / f"{out.name}.downloads", copy))
 
 
@@ -293,7 +293,7 @@ def test_the_profile_is_applied_and_another_is_refused(corpus: Path, tmp_path: P
     with pytest.raises(DataError) as caught:
         _prepare(corpus, out, "tiny")
     assert str(caught.value) == (
-        f"{out}/reazonspeech_tiny_train: holds output made with profile = default_v1, now it is raw_v1; "
+        f"{out}/reazonspeech_tiny_train: holds output made with profile = default_v1, now it is train_v1; "
         "remove the folder or choose another"
     )
     with pytest.raises(UserError, match="profile 'rwa': no such text profile"):
