@@ -73,10 +73,14 @@ def train(
     valid: Annotated[Path, typer.Option("--valid", help="Dump to validate on.")],
     exp: ExpOption,
     changes: SetOption = None,
+    ngpu: Annotated[int, typer.Option(min=1, max=64, help="Processes, one a GPU; without GPUs on the CPU.")] = 1,
 ) -> None:
     """Train projector and adapter; goes on by itself where it was stopped (stage 3)."""
     from speechllm import stages
+    from speechllm.train import launch
 
+    if ngpu > 1 and not launch.is_launched():
+        raise typer.Exit(launch.launch(sys.argv[1:], ngpu, exp))
     stages.train(conf, train, valid, exp, tuple(changes or ()))
     print(f"{exp}/model")
 
@@ -251,7 +255,8 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{where}: {what}; mend it and run again", EXIT_USER if theirs else EXIT_OURS)
     if status == TYPER_INTERRUPTED:
         return _stop("")
-    return 0 if arguments else EXIT_USER
+    started = status if isinstance(status, int) else 0  # of processes that a command started
+    return started if arguments else EXIT_USER
 
 
 def _stop(why: str) -> int:

@@ -123,7 +123,20 @@ Projector = Annotated[ConvMlpProjector | LinearProjector | NueProjector | CtcPro
 
 
 class AugmentConfig(Section):
-    """SpecAugment on the stored features: a pure function of seed, epoch and utterance."""
+    """Changes to sounds and features, each a pure function of seed, epoch and utterance; the first six need sounds."""
+
+    speeds: tuple[Annotated[float, Field(ge=0.5, le=2.0)], ...] = ()
+    """Speed factors to draw from, such as 0.9, 1.0, 1.1; the pitch changes with them."""
+    noise_dir: str | None = None
+    """Folder of noises, searched with its folders."""
+    noise_part: Fraction = 0.5
+    """Part of the utterances that get noise."""
+    snr_db: tuple[float, float] = (5.0, 20.0)
+    """Least and most decibels between speech and noise."""
+    reverb_dir: str | None = None
+    """Folder of impulse responses, searched with its folders."""
+    reverb_part: Fraction = 0.5
+    """Part of the utterances that are put into a room."""
 
     time_masks: Annotated[int, Field(ge=0, le=20)] = 0
     """Stretches set to the utterance's mean, each utterance."""
@@ -136,6 +149,16 @@ class AugmentConfig(Section):
     noise: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Gaussian noise added, as a fraction of the utterance's standard deviation."""
 
+    @property
+    def changes_sounds(self) -> bool:
+        """Return whether sounds are changed, which stored features have no part in."""
+        return bool(self.speeds or self.noise_dir or self.reverb_dir)
+
+    @property
+    def changes_features(self) -> bool:
+        """Return whether encoder frames are changed."""
+        return bool(self.time_masks or self.channel_masks or self.noise)
+
 
 class TrainConfig(Section):
     """Training of projector and adapter."""
@@ -144,8 +167,10 @@ class TrainConfig(Section):
     """Passes over the training set; a fraction ends within a pass."""
     batch_tokens: PositiveInt = 4096
     """Language-model positions a batch, padding included; what fits is decided by length."""
+    packing: bool = False
+    """Put the utterances of a batch one after another in one row, without padding, none of which sees another."""
     accumulate: PositiveInt = 1
-    """Batches summed into one step."""
+    """Batches summed into one step; several processes share them out, so the result is that of one."""
     peak_lr: PositiveFloat = 1e-4
     """Learning rate of the projector after the warm-up."""
     lora_lr: PositiveFloat = 1e-4
@@ -226,6 +251,8 @@ class Config(Section):
             raise ValueError("lm.train goes with lora: null and lm.quantize: null")
         if self.lora is None and self.train.adapter_from:
             raise ValueError("train.adapter_from needs an adapter (lora)")
+        if self.train.augment.snr_db[0] > self.train.augment.snr_db[1]:
+            raise ValueError("train.augment.snr_db must be the least and then the most")
         if self.lm.train and self.lm.dtype == "float16":
             raise ValueError("lm.train goes with lm.dtype auto, bfloat16 or float32")
         if self.encoder.train:
@@ -233,8 +260,8 @@ class Config(Section):
         return self
 
     def _check_trained_encoder(self) -> None:
-        if self.train.augment != AugmentConfig():
-            raise ValueError("train.augment changes stored features, which encoder.train does without")
+        if self.train.augment.changes_features:
+            raise ValueError("train.augment masks features of a frozen encoder, which encoder.train does without")
         if self.encoder.dtype != "float32":
             raise ValueError("encoder.train goes with encoder.dtype float32: a smaller one would round steps away")
         if self.projector.kind == "ctc":

@@ -11,6 +11,7 @@ from speechllm.runtime import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+OPEN_BATCHES = 64  # that a packed utterance may still join
 JITTER = 0.1  # of a length: so that an utterance meets other neighbours in every epoch
 
 
@@ -32,6 +33,30 @@ def budget_batches(sizes: Mapping[str, int], budget: int, seed: int, epoch: int)
             batches.append([])
             longest = sizes[utt_id]
         batches[-1].append(utt_id)
+    return [batches[int(index)] for index in rng.permutation(len(batches))]
+
+
+def packed_batches(sizes: Mapping[str, int], budget: int, seed: int, epoch: int) -> list[list[str]]:
+    """Return the utterance ids of each batch of an epoch, in training order, where nothing is padded.
+
+    Utterances come in an order drawn anew in every epoch; each goes to the first of the open batches that it still
+    fits (first fit), and the sizes of a batch sum up to at most `budget` (one that is larger stands alone). A pure
+    function of its arguments.
+    """
+    rng = np.random.default_rng(derive_seed("batch", seed, epoch))
+    ids = sorted(sizes)
+    batches: list[list[str]] = []
+    left: list[int] = []
+    for index in rng.permutation(len(ids)):
+        utt_id = ids[int(index)]
+        first = max(0, len(batches) - OPEN_BATCHES)
+        place = next((n for n in range(first, len(batches)) if sizes[utt_id] <= left[n]), None)
+        if place is None:
+            batches.append([utt_id])
+            left.append(budget - sizes[utt_id])
+        else:
+            batches[place].append(utt_id)
+            left[place] -= sizes[utt_id]
     return [batches[int(index)] for index in rng.permutation(len(batches))]
 
 

@@ -10,15 +10,12 @@ import numpy as np
 from speechllm.data.archive import Store
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import DataError
-from speechllm.runtime import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-    from speechllm.config.schema import AugmentConfig
 
 
 @dataclass(frozen=True)
@@ -65,28 +62,3 @@ def _seconds(folder: Path, utt_id: str, value: str) -> float:
         return float(value)
     except ValueError as error:
         raise DataError(folder / "utt2dur", f"{utt_id} has no number of seconds", "run stage 2 again") from error
-
-
-def augment(
-    frames_eh: NDArray[np.float32], config: AugmentConfig, seed: int, epoch: int, utt_id: str
-) -> NDArray[np.float32]:
-    """Return features with stretches and bands set to the mean, and noise (SpecAugment, Park 2019, sec. 2).
-
-    A pure function of its arguments: a resumed run replays it exactly.
-    """
-    rng = np.random.default_rng(derive_seed("augment", seed, epoch, utt_id))
-    changed = frames_eh.copy()
-    mean_h = frames_eh.mean(axis=0)
-    length, width = frames_eh.shape
-    for _ in range(config.time_masks):
-        size = int(rng.integers(0, min(config.max_time_mask_frames, length) + 1))
-        start = int(rng.integers(0, length - size + 1))
-        changed[start : start + size] = mean_h
-    for _ in range(config.channel_masks):
-        size = int(rng.integers(0, min(config.max_channel_mask, width) + 1))
-        start = int(rng.integers(0, width - size + 1))
-        changed[:, start : start + size] = mean_h[start : start + size]
-    if config.noise:
-        noise = rng.standard_normal(frames_eh.shape, dtype=np.float32)
-        changed += config.noise * frames_eh.std(axis=0) * noise
-    return changed

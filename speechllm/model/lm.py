@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.errors import ConfigError, ModelError
-from speechllm.model import vocabulary
+from speechllm.model import packing, vocabulary
 from speechllm.model.hub import UNREADABLE
 from speechllm.runtime import torch_dtype
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from speechllm.config.schema import LoraConfig
     from speechllm.model.hub import Resolved
+    from speechllm.model.packing import Segments
 
 LORA_KEY = "lora_"
 
@@ -59,6 +60,20 @@ class LanguageModel:
             attention_mask=mask_bl.long(),
             position_ids=positions_of(mask_bl),
             use_cache=False,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def hidden_packed(self, embeds_1ld: Tensor, segments: Segments) -> Tensor:
+        """Return the last hidden states [1 l d] of utterances one after another, none of which sees another."""
+        body: Any = self.model.base_model
+        output = body(
+            inputs_embeds=embeds_1ld,
+            # never looked at; a mask of four dimensions keeps transformers from making one of l x l
+            attention_mask=torch.zeros(1, 1, 1, 1, device=embeds_1ld.device),
+            position_ids=segments.positions(),
+            use_cache=False,
+            segments=segments,
         )
         states: Tensor = output.last_hidden_state
         return states
@@ -114,7 +129,11 @@ def load_lm(
     settings = {} if quantize is None else _quantized(quantize, dtype, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            found.folder, dtype=torch_dtype(dtype), output_loading_info=True, **settings
+            found.folder,
+            dtype=torch_dtype(dtype),
+            attn_implementation=packing.NAME,
+            output_loading_info=True,
+            **settings,
         )
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]

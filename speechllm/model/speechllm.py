@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm.model.ctc import KANA
+from speechllm.model.packing import Segments
 from speechllm.text import prompt as prompts
 
 if TYPE_CHECKING:
@@ -101,10 +102,20 @@ class SpeechLlm(nn.Module):
         Logits are computed at the answer's positions alone.
         """
         spliced = self.splice(frames_beh, frames_b, targets)
-        hidden_bld = self.lm.hidden(spliced.embeds_bld, spliced.mask_bl)
-        answer_bl = spliced.labels_bl != IGNORED
+        return self._loss(self.lm.hidden(spliced.embeds_bld, spliced.mask_bl), spliced.labels_bl)
+
+    def packed_loss(self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str]) -> tuple[Tensor, int]:
+        """Return what `loss` does, the utterances one after another in one row: no position is padding."""
+        audio_pd = self.projector(frames_beh, frames_b)
+        rows = [self._row(audio, answer) for audio, answer in zip(audio_pd, targets, strict=True)]
+        segments = Segments.of([len(labels) for _, labels in rows], frames_beh.device)
+        labels_1l = torch.tensor([[label for _, labels in rows for label in labels]], device=frames_beh.device)
+        return self._loss(self.lm.hidden_packed(torch.cat([row for row, _ in rows])[None], segments), labels_1l)
+
+    def _loss(self, hidden_bld: Tensor, labels_bl: Tensor) -> tuple[Tensor, int]:
+        answer_bl = labels_bl != IGNORED
+        wanted_x = labels_bl[answer_bl]
         logits_xv = self.lm.logits(hidden_bld[answer_bl])
-        wanted_x = spliced.labels_bl[answer_bl]
         return nn.functional.cross_entropy(logits_xv, wanted_x, reduction="sum"), len(wanted_x)
 
     def trainable_state(self) -> dict[str, Tensor]:

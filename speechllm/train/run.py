@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ import torch
 
 from speechllm.config import load as configs
 from speechllm.config.schema import CtcProjector
-from speechllm.data.batch import padding_waste
 from speechllm.errors import ConfigError, DataError
 from speechllm.folders import only_writer
 from speechllm.model import hub
@@ -34,6 +34,7 @@ from speechllm.runtime import (
     write_json,
     write_text,
 )
+from speechllm.train import distributed
 from speechllm.train.checkpoint import BEST
 from speechllm.train.sets import open_sets
 from speechllm.train.tasks import CtcTask, Features, SpeechTask, uses_autocast
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from speechllm.config.schema import Config
     from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.distributed import World
     from speechllm.train.sets import AnySet, Opened
     from speechllm.train.tasks import Measure
 
@@ -65,33 +67,38 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    with only_writer(exp):
-        opened = open_sets(config, train_dir, valid_dir)
-        _claim(config, opened, exp)
-        if (exp / "model" / MODEL_FILE).is_file():
-            configs.dump(config, exp / "model" / CONFIG_FILE)  # how to decode may have changed since
-            log.info("train done already exp=%s", exp)
-            return
-        _train(config, opened, exp, (decode, measure))
+    world = distributed.join()
+    if world.size > config.train.accumulate:
+        what = f"is {config.train.accumulate}, too few batches a step for {world.size} processes"
+        raise ConfigError("train.accumulate", what, "raise it, or use fewer processes")
+    try:
+        with only_writer(exp) if world.is_main else contextlib.nullcontext():
+            opened = open_sets(config, train_dir, valid_dir)
+            if not world.from_main(_claim(config, opened, exp) if world.is_main else False):
+                log.info("train done already exp=%s", exp)
+                return
+            _train(config, opened, exp, (decode, measure), world)
+    finally:
+        distributed.leave()
 
 
-def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measure]) -> None:
+def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measure], world: World) -> None:
     decode, measure = tools
     texts = [example.text for example in opened.train.examples.values()]
     origin = origin_of(config, opened.width_h, opened.encoder_fingerprint, texts)
     model = assemble(config, origin, _training_dtype(config), opened.encoder)
     features = Features(config, opened.train, opened.valid, model.lm.model.device, model.encoder)
-    _drop_long(config, opened.train, model, exp)
+    _drop_long(config, opened.train, model, exp if world.is_main else None)
     if isinstance(model.projector, CtcBridge):
-        _train_head(features, model.projector, exp / "ctc", measure)
+        _train_head(features, model.projector, exp / "ctc", measure, world)
     task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
-    waste = padding_waste(task.batches(0), task.sizes)
-    log.info("train utts=%d padding_waste=%.3f", len(opened.train.examples), waste)
-    loop = Loop(task, _loop_options(config), exp)
+    log.info("train utts=%d padding_waste=%.3f", len(opened.train.examples), task.padding_waste())
+    loop = Loop(task, _loop_options(config), exp, world)
     progress = loop.run()
-    (exp / "model").mkdir(exist_ok=True)
-    _write_provenance(model, exp, progress, opened)
-    save_model(exp / "model", model, config, origin)
+    if world.is_main:
+        (exp / "model").mkdir(exist_ok=True)
+        _write_provenance(model, exp, progress, opened, world)
+        save_model(exp / "model", model, config, origin)
     loop.clean()
 
 
@@ -104,7 +111,7 @@ def _training_dtype(config: Config) -> str:
     return "bfloat16" if computes_bfloat16(pick_device(config.device)) else "float32"
 
 
-def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: Opened) -> None:
+def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: Opened, world: World) -> None:
     """Write what the run took and made; the CTC head is trained too, though not by the last loop."""
     device = model.lm.model.device
     head = exp / "ctc" / MINUTES
@@ -114,6 +121,7 @@ def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: O
         "best_step": progress.best_step,
         "trainable": sum(value.numel() for value in model.trainable_state().values()),
         "device": device_name(device),
+        "processes": world.size,
         "trained_on": {
             "training set": opened.train.folder.name,
             "training utterances": len(opened.train.examples),
@@ -124,8 +132,11 @@ def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: O
     write_json(exp / "model" / PROVENANCE_FILE, provenance(content))
 
 
-def _claim(config: Config, opened: Opened, exp: Path) -> None:
-    """Note what this run is; a folder of another configuration or of other data is refused."""
+def _claim(config: Config, opened: Opened, exp: Path) -> bool:
+    """Note what this run is, and return whether there is anything to train.
+
+    A folder of another configuration or of other data is refused.
+    """
     record = {
         "training data": opened.train_data,
         "validation data": opened.valid_data,
@@ -136,6 +147,10 @@ def _claim(config: Config, opened: Opened, exp: Path) -> None:
     _refuse_other_run(config, record, exp)
     configs.dump(config, exp / CONFIG_FILE)
     write_json(exp / RECORD, record)
+    if not (exp / "model" / MODEL_FILE).is_file():
+        return True
+    configs.dump(config, exp / "model" / CONFIG_FILE)  # how to decode may have changed since
+    return False
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:
@@ -152,7 +167,7 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
                 raise ConfigError(exp, f"was started with another {key} ({old.get(key)}, now {value})", fix)
 
 
-def _drop_long(config: Config, train_set: AnySet, model: SpeechLlm, exp: Path) -> None:
+def _drop_long(config: Config, train_set: AnySet, model: SpeechLlm, exp: Path | None) -> None:
     """Take out training utterances that do not fit the context, list them, and refuse too many."""
     limit = context_length(model.lm)
     dropped = []
@@ -162,14 +177,15 @@ def _drop_long(config: Config, train_set: AnySet, model: SpeechLlm, exp: Path) -
             reason = f"{tokens} tokens, the context holds {limit}" if example.text else "empty transcript"
             dropped.append(f"{example.utt_id}\t{reason}\n")
             del train_set.examples[example.utt_id]
-    write_text(exp / "dropped.tsv", "utt_id\treason\n" + "".join(dropped))
+    if exp is not None:
+        write_text(exp / "dropped.tsv", "utt_id\treason\n" + "".join(dropped))
     total = len(train_set.examples) + len(dropped)
     if len(dropped) > config.train.max_dropped * total:
-        what = f"{len(dropped)} of {total} training utterances do not fit, see {exp}/dropped.tsv"
+        what = f"{len(dropped)} of {total} training utterances do not fit, first {dropped[0].rstrip()}"
         raise DataError(train_set.folder, what, "cut them with segments, or raise train.max_dropped")
 
 
-def _train_head(features: Features, projector: CtcBridge, folder: Path, measure: Measure) -> None:
+def _train_head(features: Features, projector: CtcBridge, folder: Path, measure: Measure, world: World) -> None:
     config = features.config.projector
     assert isinstance(config, CtcProjector)
     if (folder / MINUTES).is_file():
@@ -187,9 +203,10 @@ def _train_head(features: Features, projector: CtcBridge, folder: Path, measure:
         validate_every=per_epoch,
         save_every=per_epoch,
     )
-    loop = Loop(task, options, folder)
+    loop = Loop(task, options, folder, world)
     progress = loop.run()
-    write_text(folder / MINUTES, f"{progress.seconds / 60:.2f}\n")
+    if world.is_main:
+        write_text(folder / MINUTES, f"{progress.seconds / 60:.2f}\n")
     loop.clean()
 
 

@@ -51,7 +51,11 @@ class WaveSet:
 
     def frames_of(self, utt_ids: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return the frames [e h] of utterances, rounded as a store would have them."""
-        return [frames.half().float().numpy() for frames in self.encoder.encode(self.waves(utt_ids))]
+        return self.encoded(self.waves(utt_ids))
+
+    def encoded(self, waves_s: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Return the frames [e h] of sounds, rounded as a store would have them."""
+        return [frames.half().float().numpy() for frames in self.encoder.encode(waves_s)]
 
 
 AnySet = FeatureSet | WaveSet
@@ -82,6 +86,9 @@ def open_sets(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
     if any(stored) and config.encoder.train:
         folder = train_dir if stored[0] else valid_dir
         raise ConfigError(folder, "holds stored features, but encoder.train is set", "name the data directory itself")
+    if any(stored) and config.train.augment.changes_sounds:
+        what = "holds stored features, but train.augment changes sounds"
+        raise ConfigError(train_dir, what, "name the data directories themselves")
     if stored[0] != stored[1]:
         raise ConfigError(valid_dir, f"is not of one kind with {train_dir}", "give two dumps or two data directories")
     return _open_dumps(config, train_dir, valid_dir) if stored[0] else _open_sounds(config, train_dir, valid_dir)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from speechllm.data.batch import budget_batches
-from speechllm.data.dataset import augment
+from speechllm.data.augment import SoundAugmenter, augment_frames
+from speechllm.data.batch import budget_batches, packed_batches, padding_waste
 from speechllm.model.ctc import best_kana, ctc_loss, targets_of
 from speechllm.model.lm import LORA_KEY
 from speechllm.model.projector import CtcBridge
@@ -43,25 +43,28 @@ class Features:
     ) -> None:
         """Keep the two sets; `encoder` is one that is trained, so that gradients go through the frames."""
         self.config, self.train, self.valid, self.device, self.encoder = config, train, valid, device, encoder
+        self.augmenter = SoundAugmenter(config.train.augment, config.seed)
 
     def training(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, list[int]]:
         """Return augmented frames [b e h] and their true lengths."""
-        if self.encoder is not None:
-            return self._encoded(self.train, self.encoder, utt_ids)
+        if isinstance(self.train, WaveSet):
+            pairs = zip(utt_ids, self.train.waves(utt_ids), strict=True)
+            waves_s = [self.augmenter(wave_s, utt_id, epoch) for utt_id, wave_s in pairs]
+            if self.encoder is not None:
+                return pad_frames(self.encoder.frames(waves_s), self.device)
+            matrices = self.train.encoded(waves_s)
+        else:
+            matrices = self.train.frames_of(utt_ids)
         settings, seed = self.config.train.augment, self.config.seed
-        pairs = zip(utt_ids, self.train.frames_of(utt_ids), strict=True)
-        matrices = [augment(frames_eh, settings, seed, epoch, utt_id) for utt_id, frames_eh in pairs]
-        return pad_frames([torch.from_numpy(matrix) for matrix in matrices], self.device)
+        changed = [augment_frames(m, settings, seed, epoch, key) for key, m in zip(utt_ids, matrices, strict=True)]
+        return pad_frames([torch.from_numpy(matrix) for matrix in changed], self.device)
 
     def validation(self, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Return frames [b e h] of the validation set and their true lengths."""
         if self.encoder is not None:
-            return self._encoded(self.valid, self.encoder, utt_ids)
+            assert isinstance(self.valid, WaveSet)
+            return pad_frames(self.encoder.frames(self.valid.waves(utt_ids)), self.device)
         return pad_frames([torch.from_numpy(matrix) for matrix in self.valid.frames_of(utt_ids)], self.device)
-
-    def _encoded(self, examples: AnySet, encoder: SpeechEncoder, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
-        assert isinstance(examples, WaveSet)
-        return pad_frames(encoder.frames(examples.waves(utt_ids)), self.device)
 
     def validation_batches(self, size: int) -> list[list[str]]:
         """Return all validation ids, of like length together."""
@@ -178,7 +181,12 @@ class SpeechTask:
 
     def batches(self, epoch: int) -> list[list[str]]:
         """Return batches within the budget of language-model positions."""
-        return budget_batches(self.sizes, self.config.train.batch_tokens, self.seed, epoch)
+        make = packed_batches if self.config.train.packing else budget_batches
+        return make(self.sizes, self.config.train.batch_tokens, self.seed, epoch)
+
+    def padding_waste(self) -> float:
+        """Return the fraction of an epoch's positions that are padding."""
+        return 0.0 if self.config.train.packing else padding_waste(self.batches(0), self.sizes)
 
     def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
         """Return the summed loss of the answers and their tokens."""
@@ -186,7 +194,8 @@ class SpeechTask:
         frames_beh, frames_b = self.features.training(utt_ids, epoch)
         texts = [self.features.train.examples[utt_id].text for utt_id in utt_ids]
         with self._autocast():
-            return self.model.loss(frames_beh, frames_b, texts)
+            loss = self.model.packed_loss if self.config.train.packing else self.model.loss
+            return loss(frames_beh, frames_b, texts)
 
     def _autocast(self) -> torch.autocast:
         """Return the precision of the products; see `uses_autocast`."""

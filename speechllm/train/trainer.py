@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from speechllm.errors import ModelError, Stopped
 from speechllm.model.state import check_keys, load_tensors, save_tensors
 from speechllm.runtime import derive_seed, write_text
 from speechllm.train import checkpoint as ckpt
+from speechllm.train.distributed import ALONE
 from speechllm.train.optim import Group, Optimizer, schedule
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from torch import Tensor
+
+    from speechllm.train.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +96,9 @@ class Progress:
 class Loop:
     """One training run of a task in a folder, resumed where it was left."""
 
-    def __init__(self, task: Task, options: LoopOptions, folder: Path) -> None:
+    def __init__(self, task: Task, options: LoopOptions, folder: Path, world: World = ALONE) -> None:
         """Prepare the run and load the newest state that `folder` holds."""
-        self.task, self.options, self.folder = task, options, folder
+        self.task, self.options, self.folder, self.world = task, options, folder, world
         self.optimizer = Optimizer(task.groups(), options.weight_decay, options.clip_norm)
         # batches are drawn anew for every epoch, so epochs differ a little in their number of steps
         whole = math.ceil(options.epochs)
@@ -109,14 +113,18 @@ class Loop:
     def _resume(self) -> None:
         found = ckpt.load_newest(self.folder / "checkpoints")
         if found is None:
-            _truncate_metrics(self.folder / METRICS, 0)  # of a run that was killed before it saved anything
+            self._truncate(0)  # of a run that was killed before it saved anything
             return
         check_keys(self.folder / "checkpoints", found.trainable, self.task.state())
         self.task.load_state(found.trainable)
         self.optimizer.load_state(found.optimizer)
         self.progress = Progress(**found.progress)  # type: ignore[arg-type] # our own JSON, checked by its sum
-        _truncate_metrics(self.folder / METRICS, self.progress.step)
+        self._truncate(self.progress.step)
         log.info("%s resumed step=%d of=%d", self.task.name, self.progress.step, self.total)
+
+    def _truncate(self, step: int) -> None:
+        if self.world.is_main:
+            _truncate_metrics(self.folder / METRICS, step)
 
     def run(self) -> Progress:
         """Train to the end, load the best state into the task, and return where that was.
@@ -125,15 +133,13 @@ class Loop:
             Stopped: SIGTERM or SIGUSR1 came; the state is saved.
             ModelError: the loss stayed not finite.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         previous = {
             number: signal.signal(number, self._request_stop)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
         try:
             with (
-                SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.progress.step + 1) as writer,
+                self._writer() as writer,
                 self._bar() as bar,
             ):
                 for epoch, utt_ids in self._remaining():
@@ -147,8 +153,17 @@ class Loop:
             self.task.load_state(best)
         return self.progress
 
+    def _writer(self) -> Any:
+        """Return the curves' writer; the other processes have none."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not self.world.is_main:
+            return contextlib.nullcontext()
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.progress.step + 1)
+
     def _bar(self) -> tqdm[Any]:
-        return tqdm(total=self.total, initial=self.progress.step, desc=self.task.name, unit="step", disable=None)
+        silent = None if self.world.is_main else True
+        return tqdm(total=self.total, initial=self.progress.step, desc=self.task.name, unit="step", disable=silent)
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         log.info("%s stop requested signal=%d; saving at the next step", self.task.name, number)
@@ -168,16 +183,8 @@ class Loop:
     def _one_step(self, epoch: int, batches: Sequence[Sequence[str]], writer: object, bar: tqdm[Any]) -> None:
         began = time.monotonic()
         progress = self.progress
-        # dropout is a function of seed and step, so a resumed run draws the same
-        torch.manual_seed(derive_seed(self.task.name, self.task.seed, progress.step))
-        nll, tokens = 0.0, 0
-        for utt_ids in batches:
-            loss, count = self.task.loss(utt_ids, epoch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nll += float(loss.detach())
-            tokens += count
+        nll, tokens = self._gradients(epoch, batches)
         factor = schedule(progress.step, self.total, self.options.warmup)
-        tokens = max(1, tokens)  # a batch of silence has none
         # a loss can be infinite and its gradient finite
         done = progress.step / self.total
         norm = self.optimizer.step(factor, tokens, done) if math.isfinite(nll) else self.optimizer.skip()
@@ -201,6 +208,22 @@ class Loop:
         if self.stop_requested and not last:
             raise Stopped(f"{self.task.name} saved at step {progress.step} of {self.total}; run again to go on")
 
+    def _gradients(self, epoch: int, batches: Sequence[Sequence[str]]) -> tuple[float, int]:
+        """Leave the gradients of a step's batches in the parameters; return their summed loss and their tokens."""
+        nll, tokens = 0.0, 0
+        for index, utt_ids in self.world.share(list(enumerate(batches))):
+            # dropout is a function of seed, step and batch, so a resumed run draws the same, as do other processes
+            torch.manual_seed(derive_seed(self.task.name, self.task.seed, self.progress.step, index))
+            loss, count = self.task.loss(utt_ids, epoch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nll += float(loss.detach())
+            tokens += count
+        nll, all_tokens, stops = self.world.total([nll, float(tokens), float(self.stop_requested)])
+        self.stop_requested = stops > 0
+        if math.isfinite(nll):
+            self.world.add_gradients(list(self.optimizer.named.values()))
+        return nll, max(1, round(all_tokens))  # a batch of silence has no tokens
+
     def _guard(self, nll: float, norm: float, batches: Sequence[Sequence[str]]) -> None:
         if math.isfinite(nll) and math.isfinite(norm):
             self.progress.bad_steps = 0
@@ -220,7 +243,7 @@ class Loop:
 
     def _validate(self, writer: object) -> None:
         began = time.monotonic()
-        result = self.task.validate()
+        result = self.world.from_main(self.task.validate() if self.world.is_main else {})
         self._record("valid", {**result, "minutes": self.progress.seconds / 60}, writer)
         log.info(
             "%s step=%d %s",
@@ -230,12 +253,19 @@ class Loop:
         )
         if result["score"] < self.progress.best:
             self.progress.best, self.progress.best_step = result["score"], self.progress.step
+            self._keep_best()
+        log.debug("validation took %.1f s", time.monotonic() - began)
+
+    def _keep_best(self) -> None:
+        if self.world.is_main:
             temporary = self.folder / f".{ckpt.BEST}.tmp"
             save_tensors(temporary, self.task.state())
             temporary.replace(self.folder / ckpt.BEST)
-        log.debug("validation took %.1f s", time.monotonic() - began)
+        self.world.wait()
 
     def _record(self, kind: str, values: Mapping[str, float], writer: object) -> None:
+        if not self.world.is_main:
+            return
         # JSON has no NaN: the loss of a skipped step is null
         plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = json.dumps({"kind": kind, "task": self.task.name, "step": self.progress.step, **plain})
@@ -245,12 +275,15 @@ class Loop:
             writer.add_scalar(f"{self.task.name}/{kind}/{key}", value, self.progress.step)  # type: ignore[attr-defined]
 
     def _save(self) -> None:
+        if not self.world.is_main:
+            return
         state = ckpt.Checkpoint(self.task.state(), self.optimizer.state(), dict(vars(self.progress)))
         ckpt.save(self.folder / "checkpoints", self.progress.step, state, KEPT_STATES)
 
     def clean(self) -> None:
         """Delete all saved states of a finished run but the last; the best parameters have a file of their own."""
-        ckpt.prune(self.folder / "checkpoints", keep=1)
+        if self.world.is_main:
+            ckpt.prune(self.folder / "checkpoints", keep=1)
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

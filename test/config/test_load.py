@@ -242,7 +242,7 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
         ('template: "{audio}{audio}"', "template must hold {audio} once"),
         ("lm: {name: l, train: true}", "lm.train goes with lora: null"),
         ("lora: null\ntrain: {adapter_from: 0.5}", "train.adapter_from needs an adapter"),
-        ("encoder: {name: e, train: true}\ntrain: {augment: {noise: 1}}", "train.augment changes stored features"),
+        ("encoder: {name: e, train: true}\ntrain: {augment: {noise: 1}}", "train.augment masks features"),
         ("encoder: {name: e, train: true, dtype: bfloat16}", "encoder.train goes with encoder.dtype float32"),
         ("encoder: {name: e, train: true}\nprojector: {kind: ctc}", "projector ctc is trained on a frozen encoder"),
         ("lm: {name: l, train: true, dtype: float16}\nlora: null", "lm.train goes with lm.dtype auto"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from speechllm.data.batch import JITTER, budget_batches, padding_waste
+from speechllm.data.batch import JITTER, budget_batches, packed_batches, padding_waste
 
 
 def _sizes(count: int = 400, longest: int = 200) -> dict[str, int]:
@@ -67,3 +67,30 @@ def test_padding_is_what_the_shorter_ones_of_a_batch_lack() -> None:
 
 def test_nothing_gives_no_batches() -> None:
     assert budget_batches({}, 100, 1, 0) == []
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_packed_batch_holds_what_sums_up_to_the_budget(epoch: int) -> None:
+    sizes = _sizes()
+    batches = packed_batches(sizes, 1_000, 1, epoch)
+    assert sorted(utt_id for batch in batches for utt_id in batch) == sorted(sizes)
+    assert all(sum(sizes[utt_id] for utt_id in batch) <= 1_000 for batch in batches)
+    assert len(batches) < len(budget_batches(sizes, 1_000, 1, epoch))
+
+
+def test_packed_batches_are_a_function_of_seed_and_epoch() -> None:
+    sizes = _sizes()
+    first = packed_batches(sizes, 1_000, 1, 0)
+    assert packed_batches(dict(reversed(sizes.items())), 1_000, 1, 0) == first
+    assert packed_batches(sizes, 1_000, 1, 1) != first
+    assert packed_batches(sizes, 1_000, 2, 0) != first
+
+
+def test_packed_batches_are_about_as_few_as_can_be() -> None:
+    sizes = _sizes(4_000)
+    assert len(packed_batches(sizes, 8_192, 1, 0)) <= sum(sizes.values()) / 8_192 + 2
+
+
+def test_an_utterance_over_the_packed_budget_stands_alone() -> None:
+    batches = packed_batches({"long": 500, "a": 10, "b": 10}, 100, 1, 0)
+    assert sorted(sorted(batch) for batch in batches) == [["a", "b"], ["long"]]

@@ -9,7 +9,8 @@ import pytest
 
 from speechllm.config.schema import AugmentConfig
 from speechllm.data import archive, kaldi
-from speechllm.data.dataset import Example, FeatureSet, augment
+from speechllm.data.augment import augment_frames as augment
+from speechllm.data.dataset import Example, FeatureSet
 from speechllm.errors import DataError
 
 if TYPE_CHECKING:

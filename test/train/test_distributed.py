@@ -1,0 +1,113 @@
+"""Two processes train what one does: the same losses, the same bits, whatever falls to each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from speechllm.config import load as configs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TIME_LIMIT_S = 300
+LENGTHS = {f"u{number}": 6_000 + 1_700 * number for number in range(7)}  # an odd number: one gets less than the other
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration and its data, in a folder of their own."""
+
+    folder: Path
+    conf: Path
+    data: Path
+
+    def command(self, exp: str, *options: str) -> list[str]:
+        arguments = ["train", "--conf", self.conf, "--train", self.data, "--valid", self.data]
+        return [sys.executable, "-m", "speechllm", *map(str, arguments), "--exp", str(self.folder / exp), *options]
+
+    def train(self, exp: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(exp, *options),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIME_LIMIT_S,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def losses(self, exp: str) -> list[object]:
+        lines = (self.folder / exp / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [[record["step"], record["loss"]] for record in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    folder = tmp_path_factory.mktemp("ranks")
+    settings = {
+        "epochs": 4,
+        "batch_tokens": 120,
+        "accumulate": 2,
+        "packing": True,
+        "peak_lr": 1e-2,
+        "lora_lr": 1e-2,
+        "validate_every": 3,
+        "save_every": 1,
+    }
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.2}
+    config = tiny.config(tiny.wavlm(folder / "encoder"), tiny.llama(folder / "lm"), train=settings, lora=lora)
+    configs.dump(config, folder / "conf.yaml")
+    return Setting(folder, folder / "conf.yaml", tiny.data_folder(folder / "sounds", LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def alone(setting: Setting) -> Setting:
+    done = setting.train("one")
+    assert done.returncode == 0, done.stderr
+    return setting
+
+
+def assert_same(setting: Setting, exp: str) -> None:
+    assert setting.losses(exp) == setting.losses("one")
+    wanted = load_file(setting.folder / "one/model/trained.safetensors")
+    found = load_file(setting.folder / exp / "model/trained.safetensors")
+    assert all((value == found[name]).all() for name, value in wanted.items())
+
+
+def test_two_processes_end_in_the_bits_of_one(alone: Setting) -> None:
+    done = alone.train("two", "--ngpu", "2")
+    assert done.returncode == 0, done.stderr
+    assert_same(alone, "two")
+    provenance = json.loads((alone.folder / "two/model/provenance.json").read_text(encoding="utf-8"))
+    assert provenance["processes"] == 2
+
+
+def test_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None:
+    metrics = alone.folder / "both/metrics.jsonl"
+    with subprocess.Popen(alone.command("both", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=TIME_LIMIT_S)
+    assert process.returncode == 75, stderr
+    assert not (alone.folder / "both/model").exists()
+    assert alone.train("both").returncode == 0
+    assert_same(alone, "both")
+
+
+def test_more_processes_than_batches_a_step_are_refused_in_one_line(setting: Setting) -> None:
+    refused = setting.train("three", "--ngpu", "3")
+    assert refused.returncode == 2
+    wanted = "error: train.accumulate: is 2, too few batches a step for 3 processes; raise it, or use fewer processes"
+    assert refused.stderr.strip().splitlines() == [wanted]
