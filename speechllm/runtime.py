@@ -37,6 +37,8 @@ def setup_logging(*, verbose: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
+    # it warns of an optional kernel whenever it is imported, also where nothing is quantized
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("speechllm").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

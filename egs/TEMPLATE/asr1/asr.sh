@@ -15,7 +15,8 @@ Usage: ./run.sh [OPTIONS]
   --stage N          first stage (default: 1)
   --stop-stage N     last stage (default: ${#stage_names[@]}); --stop_stage too
   --nj N             processes for data and features (default: number of cores)
-  --ngpu N           GPUs to train on; 0 for the CPU even where there is a GPU (default: 1, where there is one)
+  --ngpu N           GPUs to train on, at most train.accumulate of the configuration; 0 for the CPU even where
+                     there is a GPU (default: 1, where there is one)
   --beam N           hypotheses kept while decoding (default: as configured)
   --launcher NAME    local
   --exp NAME         name of the experiment (default: the configuration's)
