@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from speechllm.config import load as configs
 from speechllm.errors import ConfigError
-from speechllm.model.shapes import skeleton, whole_skeleton
+from speechllm.model.shapes import skeleton, trained, whole_skeleton
 from speechllm.score.table import read_table
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ COLUMNS = ("row", *PARTS, "trainable", "total", "published")
 def count_config(config: Config) -> dict[str, int]:
     """Return the parameters of each part of a configuration, those that are trained, and all."""
     parts = skeleton(config).counts()
-    trained = parts["projector"] + parts["lora"]
-    trained += parts["encoder"] if config.encoder.train else 0
-    trained += parts["llm"] if config.lm.train else 0
-    return {**parts, "trainable": trained, "total": sum(parts.values())}
+    return {**parts, "trainable": trained(config, parts), "total": sum(parts.values())}
 
 
 def count_conf(conf: Path) -> list[dict[str, object]]:

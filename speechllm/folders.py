@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+DECODE_RECORD = "decode.json"
+"""In a folder of texts: what they were made from, by our decoder or by another system."""
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which is made where it is not there.

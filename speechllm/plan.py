@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from speechllm.errors import ConfigError
-from speechllm.model.shapes import Skeleton, frames_per_second, shape_of, skeleton
+from speechllm.model.shapes import Skeleton, frames_per_second, shape_of, skeleton, trained
 
 if TYPE_CHECKING:
     from speechllm.config.schema import Config
@@ -120,7 +120,7 @@ def plan(config: Config, hours: float, gpus: int, gpu_name: str) -> Plan:
         fitting_tokens=max(0, fitting),
         train_hours=train_hours,
         dump_hours=0.0 if config.encoder.train else seconds * encoder_flops / encoder_speed / 3600,
-        state_gb=3 * 4 * _trained(config, parts) / 1e9,
+        state_gb=3 * 4 * trained(config, parts.counts()) / 1e9,
         store_gb=stored,
         audio_hours_per_gpu_hour=config.train.epochs * hours / (train_hours * gpus),
     )
@@ -171,14 +171,8 @@ def _fixed_bytes(config: Config, parts: Skeleton) -> float:
         held = NF4_BYTES * linear + BYTES[config.lm.dtype] * (counts["llm"] - linear)
     else:
         held = float(BYTES[config.lm.dtype] * counts["llm"])
-    trained = _trained(config, parts) - (counts["llm"] if config.lm.train else 0)
-    return held + TRAINED_BYTES * trained
-
-
-def _trained(config: Config, parts: Skeleton) -> int:
-    counts = parts.counts()
-    trained = counts["projector"] + counts["lora"] + (counts["encoder"] if config.encoder.train else 0)
-    return trained + (counts["llm"] if config.lm.train else 0)
+    beside = trained(config, counts) - (counts["llm"] if config.lm.train else 0)
+    return held + TRAINED_BYTES * beside
 
 
 def _bytes_per_token(parts: Skeleton, tokens_per_s: float) -> float:

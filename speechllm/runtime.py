@@ -144,6 +144,18 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines that was written line by line, up to one that a kill cut short."""
+    entries: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from speechllm.data import audio
 from speechllm.errors import DataError, ModelError
 from speechllm.folders import differences
-from speechllm.runtime import write_text
+from speechllm.runtime import read_whole_lines, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -149,13 +149,8 @@ def _sounds(folder: Path) -> Iterator[Path]:
 
 def _read_partial(path: Path, data: DataDir) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what the worker of a run that was cut short said of itself, and its texts; a torn last line goes."""
-    entries: list[dict[str, Any]] = []
+    entries = read_whole_lines(path)
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
         write_text(path, "".join(map(_line, entries)))
     texts = {entry["utt_id"]: entry["text"] for entry in entries[1:] if entry["utt_id"] in data.utterances}
     return (entries[0] if entries else {}), texts

@@ -19,14 +19,13 @@ import yaml
 from speechllm.baselines.foreign import PARTIAL, Patience, Program, transcribe
 from speechllm.data import kaldi
 from speechllm.errors import ConfigError, ModelError
-from speechllm.folders import begin, finish, is_made, only_writer
-from speechllm.model.hub import EDGE_BYTES, find_local
+from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
+from speechllm.model.hub import digest_edges, find_local, unreachable
 from speechllm.runtime import provenance, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-RECORD = "decode.json"
 TOP = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).resolve().with_name("foreign_worker.py")
 PATIENCE = Patience()
@@ -45,11 +44,7 @@ class Model:
         """Return 16 hexadecimal digits over the sizes and both ends of the files. None of them is unpickled here."""
         digest = hashlib.sha256()
         for role, path in sorted(self.files.items()):
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                digest.update(f"{role}:{size}".encode() + stream.read(EDGE_BYTES))
-                stream.seek(max(0, size - EDGE_BYTES))
-                digest.update(stream.read(EDGE_BYTES))
+            digest_edges(digest, role, path)
         return digest.hexdigest()[:16]
 
 
@@ -83,7 +78,7 @@ def transcribe_dir(
     baseline = BASELINES.get(name)
     if baseline is None:
         raise ConfigError(name, "no such baseline", f"choose {' or '.join(BASELINES)}")
-    if not (out / RECORD).is_file():
+    if not (out / DECODE_RECORD).is_file():
         environment(name)  # before a model is downloaded for nothing
     data = kaldi.load(data_dir, need_text=False)
     found = locate(baseline, model)
@@ -94,11 +89,11 @@ def transcribe_dir(
         "settings": dict(baseline.settings),
         "data": kaldi.audio_hash(data),
     }
-    if is_made(out / RECORD, record):
+    if is_made(out / DECODE_RECORD, record):
         return 0
     program = _program(name, baseline, found, patience)
     with only_writer(out):
-        begin(out / RECORD, record, data_dir=str(data_dir))
+        begin(out / DECODE_RECORD, record, data_dir=str(data_dir))
         made = transcribe(program, data, out, batch_size)
         write_json(out / "rtf.json", made.rtf)
         origin = {"name": model, "fingerprint": record["fingerprint"]}
@@ -106,7 +101,7 @@ def transcribe_dir(
         notes = {"model": origin, "device": made.ready.get("device"), "data": record["data"], "worker": worker}
         write_json(out / "provenance.json", provenance(notes))
         kaldi.write_table(out / "text", made.texts)
-        finish(out / RECORD)
+        finish(out / DECODE_RECORD)
         (out / PARTIAL).unlink()
     return made.decoded
 
@@ -156,11 +151,8 @@ def locate(baseline: Baseline, name: str) -> Model:
 
 def _from_hub(name: str, patterns: tuple[str, ...], *, local_only: bool) -> Path | None:
     """Return the snapshot folder, or None where the hub has no such model or is out of reach."""
-    from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    # the transport library differs between releases of huggingface_hub; its errors module knows which
-    transport = tuple(kind for kind_name, kind in vars(hub_errors).items() if kind_name == "HTTPError")
     try:
         return Path(
             snapshot_download(
@@ -171,7 +163,7 @@ def _from_hub(name: str, patterns: tuple[str, ...], *, local_only: bool) -> Path
                 etag_timeout=5,
             )
         )
-    except (hub_errors.HFValidationError, *transport, OSError, ValueError):
+    except unreachable():
         return None
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from speechllm.data import audio, kaldi
 from speechllm.errors import DataError
-from speechllm.folders import begin, finish, is_made, only_writer
+from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
 from speechllm.lengths import WHISPER_HOP, WHISPER_MAX_MEL_FRAMES
 from speechllm.model import hub
 from speechllm.runtime import device_name, pick_device, provenance, write_json
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-RECORD = "decode.json"
 LONGEST_SAMPLES = WHISPER_HOP * WHISPER_MAX_MEL_FRAMES
 
 
@@ -37,17 +36,17 @@ def transcribe_dir(data_dir: Path, out: Path, model_name: str, batch_size: int) 
     data = kaldi.load(data_dir, need_text=False)
     found = hub.resolve(model_name)
     record = {"model": found.name, "fingerprint": found.fingerprint, "data": kaldi.audio_hash(data)}
-    if is_made(out / RECORD, record):
+    if is_made(out / DECODE_RECORD, record):
         return 0
     transcriber = _Transcriber(found, pick_device("auto"))
     with only_writer(out):
-        begin(out / RECORD, record, data_dir=str(data_dir))
+        begin(out / DECODE_RECORD, record, data_dir=str(data_dir))
         texts, rtf = _transcribe(data, transcriber, model_name, batch_size)
         write_json(out / "rtf.json", rtf)
         notes = {"model": found.record(), "device": device_name(transcriber.device), "data": record["data"]}
         write_json(out / "provenance.json", provenance(notes))
         kaldi.write_table(out / "text", texts)
-        finish(out / RECORD)
+        finish(out / DECODE_RECORD)
     return len(texts)
 
 

@@ -16,12 +16,21 @@ from speechllm.data import kaldi
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
 from speechllm.errors import ConfigError
-from speechllm.folders import begin, finish, is_made, only_writer
+from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
 from speechllm.model.assemble import PROVENANCE_FILE, TRAINED_FILE, encoder_of, find_encoder, load_model, read_model
 from speechllm.model.encoder import read_for
 from speechllm.model.identity import check_dump
 from speechllm.model.speechllm import pad_frames
-from speechllm.runtime import device_name, pick_device, provenance, read_json, sha256, write_json, write_text
+from speechllm.runtime import (
+    device_name,
+    pick_device,
+    provenance,
+    read_json,
+    read_whole_lines,
+    sha256,
+    write_json,
+    write_text,
+)
 from speechllm.text.normalize import get_profile, normalize
 
 if TYPE_CHECKING:
@@ -38,7 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial.jsonl"
-RECORD = "decode.json"
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,12 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
     weights = {"encoder": origin.encoder_fingerprint, "language model": origin.lm_fingerprint}
     trained = sha256(model_dir / TRAINED_FILE)
     record = {"model": trained, "weights": weights, "data": source.identity, "decode": decided}
-    if is_made(out / RECORD, record):
+    if is_made(out / DECODE_RECORD, record):
         log.info("decode done already out=%s", out)
         return 0
     model = load_model(model_dir)
     with only_writer(out):
-        begin(out / RECORD, record, data_dir=str(data_dir))
+        begin(out / DECODE_RECORD, record, data_dir=str(data_dir))
         found = _read_partial(out / PARTIAL, source)
         waiting = {key: value for key, value in source.durations_s.items() if key not in found}
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -86,7 +94,7 @@ def decode_dir(model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str,
         _write(out, found, settings, rtf)
         notes = {"device": device_name(model.lm.model.device), "training": _training(model_dir)}
         write_json(out / PROVENANCE_FILE, provenance(notes | {"data": source.identity, "weights": weights}))
-        finish(out / RECORD)
+        finish(out / DECODE_RECORD)
         (out / PARTIAL).unlink()
     return len(waiting)
 
@@ -121,18 +129,10 @@ def _nbest_line(utt_id: str, nbest: Sequence[Text]) -> str:
 
 def _read_partial(path: Path, source: Source) -> dict[str, list[Text]]:
     """Return what a killed run had decoded; a last line that was cut short is dropped from the file."""
-    found: dict[str, list[Text]] = {}
-    whole: list[str] = []
+    entries = [entry for entry in read_whole_lines(path) if entry["utt_id"] in source.durations_s]
+    found = {entry["utt_id"]: [Text(**text) for text in entry["nbest"]] for entry in entries}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if entry["utt_id"] in source.durations_s:
-                found[entry["utt_id"]] = [Text(**text) for text in entry["nbest"]]
-                whole.append(line)
-        write_text(path, "".join(f"{line}\n" for line in whole))
+        write_text(path, "".join(_nbest_line(utt_id, nbest) for utt_id, nbest in found.items()))
     return found
 
 

@@ -159,8 +159,8 @@ def input_settings(found: Resolved) -> dict[str, object]:
     return read_json(path)
 
 
-def cut_layers(config: EncoderConfig, blocks: Any) -> bool:
-    """Leave the layers up to the configured one in `blocks`; return whether others stood above it.
+def cut_layers(config: EncoderConfig, blocks: Any) -> None:
+    """Leave the layers up to the configured one in `blocks`, and the norm behind the last only where that is left.
 
     Raises:
         ModelError: there is no such layer.
@@ -170,7 +170,9 @@ def cut_layers(config: EncoderConfig, blocks: Any) -> bool:
     if not 1 <= layer <= count:
         raise ModelError(config.name, f"has layers 1 to {count}, not {layer}", "change encoder.layer")
     blocks.layers = blocks.layers[:layer]
-    return layer < count
+    shape = blocks.config.to_dict()
+    if layer < count and (shape["model_type"] == WHISPER or shape.get("do_stable_layer_norm")):
+        blocks.layer_norm = nn.Identity()
 
 
 def without_pretraining(model: Any) -> None:

@@ -38,8 +38,7 @@ class Wav2Vec2Frames(Frames):
         model = pretrained(AutoModel, found)
         without_pretraining(model)
         sizes = model.config.to_dict()  # data2vec's lacks two of the fields
-        if cut_layers(config, model.encoder) and sizes.get("do_stable_layer_norm"):
-            model.encoder.layer_norm = nn.Identity()  # it belongs behind the last layer
+        cut_layers(config, model.encoder)
         self.module, self.width = model, sizes["hidden_size"]
         self.kernels, self.strides = sizes["conv_kernel"], sizes["conv_stride"]
         self.min_samples = lengths.shortest_input(self.kernels, self.strides)

@@ -32,8 +32,7 @@ class WhisperFrames(Frames):
         input_settings(found)
         self.features = WhisperFeatureExtractor.from_pretrained(found.folder)
         encoder = pretrained(WhisperModel, found, part="encoder.").get_encoder()
-        if cut_layers(config, encoder):
-            encoder.layer_norm = nn.Identity()  # it belongs behind the last layer
+        cut_layers(config, encoder)
         self.module, self.width = encoder, encoder.config.d_model
         self.pad_to_30s = config.pad_to_30s
 

@@ -112,12 +112,12 @@ def config_file(name: str, revision: str | None) -> Path:
         return _convert(name) / "config.json"
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision, etag_timeout=5))
-    except _unreachable() as error:
+    except unreachable() as error:
         fix = "give a folder, set SPEECHLLM_MODELS, or check the name and the network"
         raise ModelError(name, "no such model folder, known shape or hub model", fix) from error
 
 
-def _unreachable() -> tuple[type[BaseException], ...]:
+def unreachable() -> tuple[type[BaseException], ...]:
     """Return what the hub's client raises where it cannot be reached.
 
     The transport library differs between releases of huggingface_hub; its errors module knows which.
@@ -157,7 +157,7 @@ def _from_hub(name: str, revision: str | None, *, local_only: bool) -> Path | No
     except hub_errors.GatedRepoError as error:
         fix = "accept its terms on the model hub and set HF_TOKEN"
         raise ModelError(name, "its owner asks for its terms to be accepted", fix) from error
-    except _unreachable():
+    except unreachable():
         return None
     return folder
 
@@ -179,12 +179,18 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(_canonical_config(folder))
     for path in sorted(folder.iterdir()):
         if path.suffix in WEIGHT_SUFFIXES:
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-            with path.open("rb") as stream:
-                digest.update(stream.read(EDGE_BYTES))
-                stream.seek(max(0, path.stat().st_size - EDGE_BYTES))
-                digest.update(stream.read(EDGE_BYTES))
+            digest_edges(digest, path.name, path)
     return digest.hexdigest()[:16]
+
+
+def digest_edges(digest: hashlib._Hash, name: str, path: Path) -> None:
+    """Add a weight file to a digest: what it is called, its size, and both ends."""
+    size = path.stat().st_size
+    digest.update(f"{name}:{size}".encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(EDGE_BYTES))
+        stream.seek(max(0, size - EDGE_BYTES))
+        digest.update(stream.read(EDGE_BYTES))
 
 
 def _canonical_config(folder: Path) -> bytes:

@@ -20,6 +20,8 @@ from speechllm.model.projector import AnyProjector, build_projector
 from speechllm.runtime import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from speechllm.config.schema import Config, EncoderConfig
 
 KNOWN = Path(__file__).with_name("shapes.yaml")
@@ -44,6 +46,12 @@ class Skeleton:
             "lora": lora,
             "llm": count(self.lm) - lora,
         }
+
+
+def trained(config: Config, counts: Mapping[str, int]) -> int:
+    """Return how many of the counted parameters a configuration trains."""
+    base = {"encoder": config.encoder.train, "llm": config.lm.train}
+    return counts["projector"] + counts["lora"] + sum(counts[part] for part, wanted in base.items() if wanted)
 
 
 def count(module: nn.Module) -> int:
@@ -108,8 +116,7 @@ def _encoder(config: EncoderConfig, shape: Any) -> nn.Module:
         cut_layers(config, half)
         return half
     without_pretraining(model)
-    if cut_layers(config, model.encoder) and shape.to_dict().get("do_stable_layer_norm"):
-        model.encoder.layer_norm = nn.Identity()
+    cut_layers(config, model.encoder)
     whole: nn.Module = model
     return whole
 

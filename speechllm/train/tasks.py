@@ -158,6 +158,7 @@ class SpeechTask:
         self.config = features.config
         self.seed = self.config.seed
         self.features, self.model, self.decode = features, model, decode
+        self.bfloat16_products = uses_autocast(self.config)
         if isinstance(model.projector, CtcBridge):
             model.projector.head.requires_grad_(requires_grad=False)
         self.sizes = {
@@ -199,7 +200,7 @@ class SpeechTask:
 
     def _autocast(self) -> torch.autocast:
         """Return the precision of the products; see `uses_autocast`."""
-        return torch.autocast(self.features.device.type, dtype=torch.bfloat16, enabled=uses_autocast(self.config))
+        return torch.autocast(self.features.device.type, dtype=torch.bfloat16, enabled=self.bfloat16_products)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
