@@ -41,6 +41,10 @@ setup(
         "mini": ["gguf>=0.17,<1", "onnxruntime>=1.20,<2", "jaconv>=0.4,<1", "matplotlib>=3.9,<4"],
         # four-bit base models (lm.quantize)
         "qlora": ["bitsandbytes>=0.45,<1", "accelerate>=1.2,<2"],
+        # --launcher slurm
+        "slurm": ["submitit>=1.5,<2"],
+        # training curves on Weights & Biases as well (WANDB_PROJECT)
+        "wandb": ["wandb>=0.21,<1"],
         # stage 1 of reazonspeech-SIZE: reads the tar files of the corpus
         "corpora": ["datasets>=4,<6"],
         # the gate
@@ -48,6 +52,8 @@ setup(
             "bitsandbytes>=0.45,<1",
             "accelerate>=1.2,<2",
             "datasets>=4,<6",
+            "submitit>=1.5,<2",
+            "wandb>=0.21,<1",
             "ruff>=0.14,<1",
             "mypy>=1.18,<3",
             "pytest>=8.4,<10",

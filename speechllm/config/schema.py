@@ -34,7 +34,9 @@ class EncoderConfig(Section):
     pad_to_30s: bool = False
     """Whisper only: pad every utterance to 30 s as in its training, and keep only the true frames."""
     dtype: DtypeName = "float32"
-    """Precision the encoder computes in; the store holds float16 either way."""
+    """Precision the encoder computes in; how frames are stored is `stored`."""
+    stored: Literal["float16", "int8"] = "float16"
+    """How frames are stored: two bytes a value, or one with a scale a frame, half the disk (docs/benchmarks.md)."""
     train: bool = False
     """Train all of it too; frames are then made anew in every step, from data directories instead of dumps."""
 
@@ -167,8 +169,16 @@ class TrainConfig(Section):
     """Passes over the training set; a fraction ends within a pass."""
     batch_tokens: PositiveInt = 4096
     """Language-model positions a batch, padding included; what fits is decided by length."""
-    packing: bool = False
+    packing: bool = True
     """Put the utterances of a batch one after another in one row, without padding, none of which sees another."""
+    share_prompt: bool = True
+    """With packing: what stands before the sound is computed once a row, not once an utterance."""
+    checkpointing: bool = False
+    """Compute the blocks of the language model again in the backward pass instead of keeping what is inside them."""
+    compile: bool = False
+    """Compile the blocks of the language model with torch.compile; the first steps then take minutes."""
+    shard: bool = False
+    """Spread the frozen language model's blocks over the processes (FSDP2), where one card cannot hold them."""
     accumulate: PositiveInt = 1
     """Batches summed into one step; several processes share them out, so the result is that of one."""
     peak_lr: PositiveFloat = 1e-4
@@ -191,6 +201,12 @@ class TrainConfig(Section):
     """Utterances of the validation set that are decoded for the CER, spread evenly over the ids."""
     save_every: PositiveInt = 50
     """Steps between two saved states."""
+    patience: PositiveInt | None = None
+    """Validations without a better CER after which training ends; null goes on to the last step."""
+    average: Annotated[int, Field(ge=1, le=100)] = 1
+    """States of as many validations whose mean becomes the model, where its CER on the validation set is no worse."""
+    average_of: Literal["best", "last"] = "best"
+    """Which validations these are."""
     max_dropped: Fraction = 0.01
     """Part of the training set that may be left out as too long before the run is refused."""
     augment: AugmentConfig = AugmentConfig()
@@ -251,6 +267,8 @@ class Config(Section):
             raise ValueError("lm.train goes with lora: null and lm.quantize: null")
         if self.lora is None and self.train.adapter_from:
             raise ValueError("train.adapter_from needs an adapter (lora)")
+        if self.train.shard and (self.lm.train or self.lm.quantize is not None):
+            raise ValueError("train.shard goes with lm.train: false and lm.quantize: null")
         if self.train.augment.snr_db[0] > self.train.augment.snr_db[1]:
             raise ValueError("train.augment.snr_db must be the least and then the most")
         if self.lm.train and self.lm.dtype == "float16":
@@ -278,4 +296,5 @@ class Config(Section):
         parts += [f"layer{encoder.layer}"] if encoder.layer else []
         parts += ["30s"] if encoder.pad_to_30s else []
         parts += [encoder.dtype] if encoder.dtype != "float32" else []
+        parts += [encoder.stored] if encoder.stored != "float16" else []
         return "-".join(parts)

@@ -9,9 +9,10 @@ import numpy as np
 from speechllm.runtime import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 OPEN_BATCHES = 64  # that a packed utterance may still join
+LIKE = 1.2
 JITTER = 0.1  # of a length: so that an utterance meets other neighbours in every epoch
 
 
@@ -58,6 +59,16 @@ def packed_batches(sizes: Mapping[str, int], budget: int, seed: int, epoch: int)
             batches[place].append(utt_id)
             left[place] -= sizes[utt_id]
     return [batches[int(index)] for index in rng.permutation(len(batches))]
+
+
+def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Return groups of indices of like length, none of which pads a length to more than `LIKE` times itself."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if not groups or lengths[index] > LIKE * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 def padding_waste(batches: list[list[str]], sizes: Mapping[str, int]) -> float:

@@ -16,7 +16,7 @@ from speechllm.model.hub import UNREADABLE
 from speechllm.runtime import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from speechllm.model.packing import Segments
 
 LORA_KEY = "lora_"
+ROWS_OF_LOGITS = 512  # at a time: 0.5 GB in float32 at a vocabulary of 262,144
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class LanguageModel:
             inputs_embeds=embeds_1ld,
             # never looked at; a mask of four dimensions keeps transformers from making one of l x l
             attention_mask=torch.zeros(1, 1, 1, 1, device=embeds_1ld.device),
-            position_ids=segments.positions(),
+            position_ids=segments.positions_1l,
             use_cache=False,
             segments=segments,
         )
@@ -84,6 +85,43 @@ class LanguageModel:
         scores: Tensor = head(hidden_xd).float()
         cap = self.model.config.to_dict().get("final_logit_softcapping")
         return torch.tanh(scores / cap) * cap if cap else scores
+
+    def nll(self, hidden_xd: Tensor, labels_x: Tensor) -> Tensor:
+        """Return the summed negative log likelihood of `labels_x`, in nats.
+
+        Where the head is frozen, logits live for some rows at a time: the gradient of the states is made along with
+        the loss. A head that is trained takes the plain way.
+        """
+        head: nn.Module = self.model.get_output_embeddings()
+        if not torch.is_grad_enabled() or any(weight.requires_grad for weight in head.parameters()):
+            return nn.functional.cross_entropy(self.logits(hidden_xd), labels_x, reduction="sum")
+        loss: Tensor = FrozenHeadLoss.apply(hidden_xd, labels_x, self.logits)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross entropy over a large vocabulary whose logits are never all there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_xd: Tensor, labels_x: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the summed loss; `logits` maps states [x d] to logits [x v]."""
+        gradient_xd = torch.empty_like(hidden_xd)
+        total = hidden_xd.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden_xd), ROWS_OF_LOGITS):
+            rows = slice(start, start + ROWS_OF_LOGITS)
+            with torch.enable_grad():
+                part_xd = hidden_xd[rows].detach().requires_grad_()
+                loss = nn.functional.cross_entropy(logits(part_xd), labels_x[rows], reduction="sum")
+                (gradient_xd[rows],) = torch.autograd.grad(loss, part_xd)
+            total += loss.detach()
+        ctx.save_for_backward(gradient_xd)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the states."""
+        (gradient_xd,) = ctx.saved_tensors
+        return (gradients[0] * gradient_xd).to(gradient_xd.dtype), None, None
 
 
 def positions_of(mask_bl: Tensor) -> Tensor:
@@ -180,20 +218,22 @@ def add_lora_layers(model: nn.Module, config: LoraConfig) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
+    from speechllm.model.lora import LeanLinear
+
     names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     for target in config.targets:
         if target not in names:
             fix = f"choose from {', '.join(sorted(names))}"
             raise ConfigError("lora.targets", f"the language model has no layer {target}", fix)
-    inject_adapter_in_model(
-        PeftConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(config.targets),
-        ),
-        model,
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
     )
+    if not getattr(model, "is_quantized", False):  # peft has layers of its own for those
+        settings._register_custom_module({nn.Linear: LeanLinear})  # noqa: SLF001 - its documented way to bring a layer
+    inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(LORA_KEY in name)
         if LORA_KEY in name:

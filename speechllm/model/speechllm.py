@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from speechllm.model import splice as splicing
 from speechllm.model.ctc import KANA
 from speechllm.model.packing import Segments
 from speechllm.text import prompt as prompts
@@ -22,18 +23,29 @@ if TYPE_CHECKING:
     from speechllm.model.lm import LanguageModel
     from speechllm.model.projector import AnyProjector
 
-IGNORED = -100  # a label that costs nothing
-
 
 @dataclass(frozen=True)
 class Spliced:
-    """What the language model reads: prompt, sound, and in training the answer."""
+    """What the language model reads, a row for each utterance: prompt, sound, and in training the answer."""
 
     embeds_bld: Tensor
     mask_bl: Tensor
     """True on true positions."""
-    labels_bl: Tensor
-    """The token that each position is to predict, or `IGNORED`."""
+    layout: splicing.Layout
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The loss of a batch and what it took."""
+
+    nll: Tensor
+    """Summed negative log likelihood of the answers, in nats."""
+    tokens: int
+    """Tokens of the answers."""
+    positions: int
+    """Positions of the language model that were computed."""
+    padded: int
+    """How many of them were padding."""
 
 
 class SpeechLlm(nn.Module):
@@ -65,58 +77,68 @@ class SpeechLlm(nn.Module):
         `frames_b` are the true frames of each row. Padding goes right for training, left for decoding, where every row
         must end at the position that predicts.
         """
+        audio_pd, source = self._source(frames_beh, frames_b, targets)
+        layout = splicing.padded(source, pad_left=pad_left)
+        mask_bl = splicing.on((layout.order_bl != splicing.NOTHING).astype("int64"), frames_beh.device).bool()
+        return Spliced(self._gather(layout, audio_pd), mask_bl, layout)
+
+    def _source(
+        self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str] | None
+    ) -> tuple[list[Tensor], splicing.Source]:
         audio_pd = self.projector(frames_beh, frames_b)
         answers = [None] * len(audio_pd) if targets is None else list(targets)
-        rows = [self._row(audio, answer) for audio, answer in zip(audio_pd, answers, strict=True)]
-        longest = max(len(labels) for _, labels in rows)
-        embeds, masks, labels = [], [], []
-        for row_ld, row_labels in rows:
-            missing = longest - len(row_labels)
-            left, right = (missing, 0) if pad_left else (0, missing)
-            embeds.append(nn.functional.pad(row_ld, (0, 0, left, right)))
-            masks.append(nn.functional.pad(torch.ones(len(row_labels), dtype=torch.bool), (left, right)))
-            labels.append(nn.functional.pad(torch.tensor(row_labels), (left, right), value=IGNORED))
-        device = frames_beh.device
-        return Spliced(torch.stack(embeds), torch.stack(masks).to(device), torch.stack(labels).to(device))
+        parts = [prompts.build(self.lm.tokenizer, self.form, answer) for answer in answers]
+        return audio_pd, splicing.source_of(parts, [len(audio) for audio in audio_pd])
 
-    def _row(self, audio_pd: Tensor, answer: str | None) -> tuple[Tensor, list[int]]:
-        """Return the vectors [l d] of one utterance and the labels of its positions."""
-        parts = prompts.build(self.lm.tokenizer, self.form, answer)
-        vectors = self.lm.embed([*parts.before, *parts.after, *parts.answer])
-        start, stop = len(parts.before), len(parts.before) + len(parts.after)
-        joined = torch.cat([vectors[:start], audio_pd.to(vectors.dtype), vectors[start:]])
-        silent = start + len(audio_pd) + (stop - start) - 1
-        # the position before each answer token predicts it; the last answer token predicts nothing
-        labels = [IGNORED] * silent + list(parts.answer) + [IGNORED]
-        return joined, labels
+    def _gather(self, layout: splicing.Layout, audio_pd: Sequence[Tensor]) -> Tensor:
+        return splicing.gather(layout, self.lm.embed(layout.source.token_ids), audio_pd)
+
+    def shared_positions(self) -> int:
+        """Return how many positions stand before the sound, the same for every utterance."""
+        return len(prompts.build(self.lm.tokenizer, self.form, None).before)
 
     def expected_positions(self, num_frames: int, answer: str) -> int:
         """Return about how many positions of the language model an utterance takes."""
         parts = prompts.build(self.lm.tokenizer, self.form, answer)
-        around = len(parts.before) + len(parts.after) + len(parts.answer)
+        around = len(parts.before) + len(parts.after) + len(parts.answer[:-1])
         return around + self.projector.expected_tokens(num_frames)
 
     def loss(self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str]) -> tuple[Tensor, int]:
-        """Return the summed negative log likelihood of the answers, in nats, and their number of tokens.
+        """Return the summed negative log likelihood of the answers, in nats, and their number of tokens."""
+        cost = self.padded_cost(frames_beh, frames_b, targets)
+        return cost.nll, cost.tokens
 
-        Logits are computed at the answer's positions alone.
-        """
+    def packed_loss(
+        self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str], *, share_prompt: bool = True
+    ) -> tuple[Tensor, int]:
+        """Return what `loss` does, worked out in one row."""
+        cost = self.packed_cost(frames_beh, frames_b, targets, share_prompt=share_prompt)
+        return cost.nll, cost.tokens
+
+    def padded_cost(self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str]) -> Cost:
+        """Return the loss of the answers, the utterances in rows as long as the longest."""
         spliced = self.splice(frames_beh, frames_b, targets)
-        return self._loss(self.lm.hidden(spliced.embeds_bld, spliced.mask_bl), spliced.labels_bl)
+        return self._cost(self.lm.hidden(spliced.embeds_bld, spliced.mask_bl), spliced.layout)
 
-    def packed_loss(self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str]) -> tuple[Tensor, int]:
-        """Return what `loss` does, the utterances one after another in one row: no position is padding."""
-        audio_pd = self.projector(frames_beh, frames_b)
-        rows = [self._row(audio, answer) for audio, answer in zip(audio_pd, targets, strict=True)]
-        segments = Segments.of([len(labels) for _, labels in rows], frames_beh.device)
-        labels_1l = torch.tensor([[label for _, labels in rows for label in labels]], device=frames_beh.device)
-        return self._loss(self.lm.hidden_packed(torch.cat([row for row, _ in rows])[None], segments), labels_1l)
+    def packed_cost(
+        self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str], *, share_prompt: bool = True
+    ) -> Cost:
+        """Return the loss of the answers, the utterances one after another in one row: no position is padding.
 
-    def _loss(self, hidden_bld: Tensor, labels_bl: Tensor) -> tuple[Tensor, int]:
-        answer_bl = labels_bl != IGNORED
-        wanted_x = labels_bl[answer_bl]
-        logits_xv = self.lm.logits(hidden_bld[answer_bl])
-        return nn.functional.cross_entropy(logits_xv, wanted_x, reduction="sum"), len(wanted_x)
+        With `share_prompt`, what stands before the sounds is computed once, and every utterance sees it.
+        """
+        audio_pd, source = self._source(frames_beh, frames_b, targets)
+        layout = splicing.packed(source, share_prompt=share_prompt)
+        segments = Segments(layout.lengths, frames_beh.device, layout.shared)
+        return self._cost(self.lm.hidden_packed(self._gather(layout, audio_pd), segments), layout)
+
+    def _cost(self, hidden_bld: Tensor, layout: splicing.Layout) -> Cost:
+        """Return the summed loss; logits are computed where an answer is predicted, and not kept."""
+        labels = layout.labels
+        device = hidden_bld.device
+        hidden_xd = hidden_bld.flatten(0, 1).index_select(0, splicing.on(layout.answer_at, device))
+        nll = self.lm.nll(hidden_xd, splicing.on(labels, device))
+        return Cost(nll, len(labels), layout.order_bl.size, int((layout.order_bl == splicing.NOTHING).sum()))
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return what training changes, by name: the projector (with its frozen head), and adapter or whole models."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
@@ -18,8 +20,17 @@ if TYPE_CHECKING:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors and sync them to disk."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    """Write tensors and sync them to disk.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        # it hides the system's error in a text: IoError(Os { code: 28, kind: StorageFull, message: ... })
+        code = int(found[1]) if (found := re.search(r"\bcode: (\d+)", str(error))) else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

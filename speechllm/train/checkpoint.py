@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from speechllm.errors import ModelError
 from speechllm.model.state import load_tensors, save_tensors
-from speechllm.runtime import hash_texts, read_json, sha256, write_json
+from speechllm.runtime import hash_texts, read_json, sha256, sync_folder, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +57,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         write_json(temporary / STATE, {"sha256": {**sums, PROGRESS: _sum_of(progress)}, PROGRESS: progress})
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        sync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)

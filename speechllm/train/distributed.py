@@ -17,7 +17,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     T = TypeVar("T")
 
@@ -30,38 +30,29 @@ class World:
 
     rank: int = 0
     size: int = 1
+    lockstep: bool = False
+    """Whether a forward is a thing of all processes: each must run as many, in the same order (see `sharded`)."""
 
     @property
     def is_main(self) -> bool:
         """Return whether this process writes files and validates."""
         return self.rank == 0
 
-    def share(self, things: Sequence[T]) -> Sequence[T]:
-        """Return what of `things` falls to this process."""
-        return things[self.rank :: self.size]
+    def share(self, batches: Sequence[object]) -> list[tuple[int, float]]:
+        """Return the numbers of the batches of a step that fall to this process, and a weight for the loss of each.
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """Return the sums of `values` over all processes."""
-        if self.size == 1:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=_device())
-        dist.all_reduce(sums)
-        return [float(value) for value in sums]
+        In lockstep each process gets as many: where there are too few, it computes the first once more, with weight 0.
+        """
+        mine = [(number, 1.0) for number in range(self.rank, len(batches), self.size)]
+        if self.lockstep and len(mine) < -(-len(batches) // self.size):
+            mine.append((0, 0.0))
+        return mine
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Put the sum over all processes in the place of each gradient; what none of them has stays without."""
-        if self.size == 1:
-            return
-        present = self.total([float(parameter.grad is not None) for parameter in parameters])
-        given = [parameter for parameter, count in zip(parameters, present, strict=True) if count]
-        for parameter in given:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in given if parameter.grad is not None])
-        dist.all_reduce(flat)
-        parts = torch.split(flat, [parameter.numel() for parameter in given])
-        for parameter, part in zip(given, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+    def add_up(self, values: Tensor) -> Tensor:
+        """Return the sums of `values` over all processes; the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
 
     def from_main(self, value: T) -> T:
         """Return the first process's `value`."""
@@ -74,10 +65,38 @@ class World:
     def wait(self) -> None:
         """Return once every process is here."""
         if self.size > 1:
-            self.total([0.0])
+            float(self.add_up(torch.zeros(1, device=_device())))
 
 
 ALONE = World()
+
+
+class Gradients:
+    """The gradients of parameters, added up over all processes."""
+
+    def __init__(self, world: World, parameters: Sequence[nn.Parameter]) -> None:
+        """Say whose; every process has the same parameters in the same order."""
+        self.world, self.parameters = world, list(parameters)
+        self._used: list[nn.Parameter] | None = None
+
+    def add_up(self) -> None:
+        """Put the sum over all processes in the place of each gradient; what none of them has stays without.
+
+        Which parameters have one is asked at the first call alone: it is the model's nature.
+        """
+        if self.world.size == 1:
+            return
+        if self._used is None:
+            present = [float(parameter.grad is not None) for parameter in self.parameters]
+            counts = self.world.add_up(torch.tensor(present, device=_device())).tolist()
+            self._used = [parameter for parameter, count in zip(self.parameters, counts, strict=True) if count]
+        for parameter in self._used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in self._used if parameter.grad is not None])
+        self.world.add_up(flat)
+        for parameter, part in zip(self._used, torch.split(flat, [one.numel() for one in self._used]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def _device() -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ BETAS = (0.9, 0.98)
 EPS = 1e-8
 FINAL_LR = 0.02  # of the peak, at the end of the cosine
 JOINING = 0.03  # of the run: over which the rate of a group that begins late rises
+CLIP_EPS = 1e-6  # torch's own, in the denominator
 SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -48,6 +49,16 @@ def joining(done: float, begins: float) -> float:
     return 1.0 if begins == 0 else min(1.0, max(0.0, (done - begins) / JOINING))
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What a step has added up, on the device."""
+
+    nll: Tensor
+    """Summed loss, in nats."""
+    tokens: Tensor
+    """Tokens that it is summed over, 1 at least."""
+
+
 class Optimizer:
     """AdamW over named parameters, clipped by the norm of the whole gradient."""
 
@@ -64,32 +75,27 @@ class Optimizer:
                 settings.append(
                     {"params": chosen, "weight_decay": decay, "peak_lr": group.peak_lr, "begins": group.begins}
                 )
-        self.adam = torch.optim.AdamW([s for s in settings if s["params"]], lr=0.0, betas=BETAS, eps=EPS, foreach=True)
+        self.adam = torch.optim.AdamW([s for s in settings if s["params"]], lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
-    def step(self, factor: float, num_tokens: int, done: float = 1.0) -> float:
-        """Apply gradients of a summed loss over `num_tokens`; return their norm per token before clipping.
+    def step(self, factor: float, sums: Sums, done: float = 1.0) -> Tensor:
+        """Apply gradients of a summed loss; return their norm per token before clipping, on their device.
 
-        A norm that is not finite changes nothing. A group that begins after `done` of the run is as if it were frozen.
+        A loss or a norm that is not finite changes nothing: the device itself decides, and the host need not wait to
+        know. A group that begins after `done` of the run is as if it were frozen.
         """
         for name, parameter in self.named.items():
             if not joining(done, self.begins[name]):
                 parameter.grad = None
-        parameters = [parameter for parameter in self.named.values() if parameter.grad is not None]
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.div_(num_tokens)
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
-        if math.isfinite(norm):
-            for group in self.adam.param_groups:
-                group["lr"] = factor * joining(done, group["begins"]) * group["peak_lr"]
-            self.adam.step()
+        norm = nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]) / sums.tokens
+        for group in self.adam.param_groups:
+            group["lr"] = factor * joining(done, group["begins"]) * group["peak_lr"]
+        # torch's own way of telling a fused optimizer what to divide by and when to skip (torch.amp.GradScaler's)
+        adam: Any = self.adam
+        adam.grad_scale = (sums.tokens / (self.clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)).float()
+        adam.found_inf = (~(norm.isfinite() & sums.nll.isfinite())).float()
+        adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm
-
-    def skip(self) -> float:
-        """Drop the gradients and return a norm that is not a number."""
-        self.adam.zero_grad(set_to_none=True)
-        return math.nan
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments by parameter name."""
@@ -113,9 +119,7 @@ class Optimizer:
             raise ModelError("optimizer state", f"does not fit at {min(differing)}", "remove the saved states")
         for name in due:
             parameter = self.named[name]
-            self.adam.state[parameter] = {
-                slot: tensors[f"{name}.{slot}"].to(parameter.device if slot != "step" else "cpu") for slot in SLOTS
-            }
+            self.adam.state[parameter] = {slot: tensors[f"{name}.{slot}"].to(parameter.device) for slot in SLOTS}
 
     def _has(self, tensors: Mapping[str, Tensor], begins: float) -> Iterator[bool]:
         """Return of each parameter that begins there whether it has moments."""

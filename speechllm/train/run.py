@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+import signal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from speechllm.config import load as configs
 from speechllm.config.schema import CtcProjector
-from speechllm.errors import ConfigError, DataError
+from speechllm.errors import ConfigError, DataError, Stopped
 from speechllm.folders import only_writer
 from speechllm.model import hub
 from speechllm.model.assemble import (
@@ -36,15 +39,21 @@ from speechllm.runtime import (
 )
 from speechllm.train import distributed
 from speechllm.train.checkpoint import BEST
+from speechllm.train.probe import check_memory
 from speechllm.train.sets import open_sets
+from speechllm.train.sharded import blocks_of, shard_blocks
 from speechllm.train.tasks import CtcTask, Features, SpeechTask, uses_autocast
 from speechllm.train.trainer import Loop, LoopOptions, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+    from types import FrameType
+
+    from torch import Tensor, nn
 
     from speechllm.config.schema import Config
+    from speechllm.model.assemble import Origin
     from speechllm.model.speechllm import SpeechLlm
     from speechllm.train.distributed import World
     from speechllm.train.sets import AnySet, Opened
@@ -67,17 +76,37 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
     """
+    with _stopped_by_signals():
+        _run(config, (train_dir, valid_dir), exp, (decode, measure))
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """End with `Stopped` on a signal where there is no step to save; the loops have handlers of their own."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped("not in a training step; run again to go on")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(config: Config, data: tuple[Path, Path], exp: Path, tools: tuple[Decode, Measure]) -> None:
     world = distributed.join()
     if world.size > config.train.accumulate:
         what = f"is {config.train.accumulate}, too few batches a step for {world.size} processes"
         raise ConfigError("train.accumulate", what, "raise it, or use fewer processes")
     try:
         with only_writer(exp) if world.is_main else contextlib.nullcontext():
-            opened = open_sets(config, train_dir, valid_dir)
+            opened = open_sets(config, *data)
             if not world.from_main(_claim(config, opened, exp) if world.is_main else False):
                 log.info("train done already exp=%s", exp)
                 return
-            _train(config, opened, exp, (decode, measure), world)
+            _train(config, opened, exp, tools, world)
     finally:
         distributed.leave()
 
@@ -86,20 +115,65 @@ def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measu
     decode, measure = tools
     texts = [example.text for example in opened.train.examples.values()]
     origin = origin_of(config, opened.width_h, opened.encoder_fingerprint, texts)
-    model = assemble(config, origin, _training_dtype(config), opened.encoder)
+    model = _model(config, origin, opened, world)
+    world = replace(world, lockstep=config.train.shard and world.size > 1)
     features = Features(config, opened.train, opened.valid, model.lm.model.device, model.encoder)
     _drop_long(config, opened.train, model, exp if world.is_main else None)
     if isinstance(model.projector, CtcBridge):
         _train_head(features, model.projector, exp / "ctc", measure, world)
     task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
-    log.info("train utts=%d padding_waste=%.3f", len(opened.train.examples), task.padding_waste())
+    log.info("train utts=%d batches=%d", len(opened.train.examples), len(task.batches(0)))
     loop = Loop(task, _loop_options(config), exp, world)
-    progress = loop.run()
+    try:
+        check_memory(task, world)
+        progress = loop.run()
+    except torch.OutOfMemoryError as error:
+        what = f"{' '.join(str(error).split())[:120]} (step {loop.progress.step + 1})"
+        raise ConfigError(
+            "memory", what, "free the card and run again: it goes on from the last saved state"
+        ) from error
     if world.is_main:
         (exp / "model").mkdir(exist_ok=True)
         _write_provenance(model, exp, progress, opened, world)
         save_model(exp / "model", model, config, origin)
     loop.clean()
+
+
+def _model(config: Config, origin: Origin, opened: Opened, world: World) -> SpeechLlm:
+    """Return the untrained model as it is trained."""
+    if not config.train.shard:
+        return _prepared(config, assemble(config, origin, _training_dtype(config), opened.encoder))
+    # a model that no card holds is put together on the host
+    on_host = config.model_copy(update={"device": "cpu"})
+    model = assemble(on_host, origin, _training_dtype(config), opened.encoder)
+    device = pick_device(config.device)
+    shard_blocks(model.lm, device, world)
+    model.projector.to(device)
+    return _prepared(config, model)
+
+
+def _prepared(config: Config, model: SpeechLlm) -> SpeechLlm:
+    """Return the model with the blocks of its language model computed twice, or compiled, as configured."""
+    blocks = blocks_of(model.lm.model.base_model) if config.train.checkpointing or config.train.compile else []
+    for block in blocks:
+        if config.train.checkpointing:
+            _compute_twice(block)
+        if config.train.compile:
+            block.compile(dynamic=True)
+    return model
+
+
+def _compute_twice(block: nn.Module) -> None:
+    """Let a block keep its input alone for the backward pass; transformers' switch for it changes its name in 5.x."""
+    inner: Callable[..., Tensor] = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if not (block.training and torch.is_grad_enabled()):
+            return inner(*args, **kwargs)
+        states: Tensor = checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        return states
+
+    block.forward = forward  # a wrapping module would change the names of the weights
 
 
 def _training_dtype(config: Config) -> str:
@@ -220,4 +294,7 @@ def _loop_options(config: Config) -> LoopOptions:
         clip_norm=train.clip_norm,
         validate_every=train.validate_every,
         save_every=train.save_every,
+        patience=train.patience,
+        average=train.average,
+        average_of=train.average_of,
     )

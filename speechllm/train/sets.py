@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from speechllm.data import audio, kaldi
+from speechllm.data.batch import like_lengths
 from speechllm.data.dataset import Example, FeatureSet
 from speechllm.errors import ConfigError, DataError
 from speechllm.model import hub
@@ -34,6 +36,7 @@ class WaveSet:
             DataError: a table or a sound is at fault, or a sound is too short or too long for the encoder.
         """
         self.folder, self.encoder = folder, encoder
+        self.encoding = threading.Lock()
         self.data = kaldi.load(folder)
         texts = self.data.texts()
         self.examples = {key: self._example(utt, texts[key]) for key, utt in self.data.utterances.items()}
@@ -54,8 +57,13 @@ class WaveSet:
         return self.encoded(self.waves(utt_ids))
 
     def encoded(self, waves_s: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Return the frames [e h] of sounds, rounded as a store would have them."""
-        return [frames.half().float().numpy() for frames in self.encoder.encode(waves_s)]
+        """Return the frames [e h] of sounds, rounded as a store would have them; one thread at a time."""
+        made: dict[int, NDArray[np.float32]] = {}
+        with self.encoding:
+            for group in like_lengths([len(wave_s) for wave_s in waves_s]):
+                frames = self.encoder.encode([waves_s[index] for index in group])
+                made |= {index: one.half().float().numpy() for index, one in zip(group, frames, strict=True)}
+        return [made[index] for index in range(len(waves_s))]
 
 
 AnySet = FeatureSet | WaveSet

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from speechllm.data.augment import SoundAugmenter, augment_frames
-from speechllm.data.batch import budget_batches, packed_batches, padding_waste
+from speechllm.data.batch import budget_batches, packed_batches
+from speechllm.data.dataset import FeatureSet
 from speechllm.model.ctc import best_kana, ctc_loss, targets_of
 from speechllm.model.lm import LORA_KEY
 from speechllm.model.projector import CtcBridge
@@ -17,9 +19,13 @@ from speechllm.runtime import computes_bfloat16, pick_device
 from speechllm.text.reading import katakana_reading
 from speechllm.train.optim import Group
 from speechllm.train.sets import WaveSet
+from speechllm.train.task import Outcome, Sample, Validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from speechllm.config.schema import Config, CtcProjector
     from speechllm.model.encoder import SpeechEncoder
@@ -28,6 +34,21 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Mapping[str, str], Mapping[str, str]], float]
     """Error rate of id -> hypothesis (second) against id -> reference (first), as a fraction."""
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch read and augmented, ahead of its turn."""
+
+    utt_ids: Sequence[str]
+    epoch: int
+    frames_beh: Tensor | None
+    """Encoder frames, zeros behind each row's end; None where a trained encoder makes them in the step itself."""
+    frames_b: list[int]
+    waves_s: list[NDArray[np.float32]]
+    """Sounds for a trained encoder."""
 
 
 class Features:
@@ -44,20 +65,38 @@ class Features:
         """Keep the two sets; `encoder` is one that is trained, so that gradients go through the frames."""
         self.config, self.train, self.valid, self.device, self.encoder = config, train, valid, device, encoder
         self.augmenter = SoundAugmenter(config.train.augment, config.seed)
+        # a frozen encoder works beside the language model, not in its turn
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def training(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, list[int]]:
-        """Return augmented frames [b e h] and their true lengths."""
-        if isinstance(self.train, WaveSet):
-            pairs = zip(utt_ids, self.train.waves(utt_ids), strict=True)
-            waves_s = [self.augmenter(wave_s, utt_id, epoch) for utt_id, wave_s in pairs]
-            if self.encoder is not None:
-                return pad_frames(self.encoder.frames(waves_s), self.device)
-            matrices = self.train.encoded(waves_s)
-        else:
-            matrices = self.train.frames_of(utt_ids)
+    def prepare(self, utt_ids: Sequence[str], epoch: int) -> Ready:
+        """Return a training batch: a pure function of seed, epoch and ids, whichever thread makes it."""
+        if isinstance(self.train, FeatureSet):
+            return self._padded(utt_ids, epoch, self.train.frames_of(utt_ids))
+        pairs = zip(utt_ids, self.train.waves(utt_ids), strict=True)
+        waves_s = [self.augmenter(wave_s, utt_id, epoch) for utt_id, wave_s in pairs]
+        if self.encoder is not None:
+            return Ready(utt_ids, epoch, None, [], waves_s)
+        if self.stream is None:
+            return self._padded(utt_ids, epoch, self.train.encoded(waves_s))
+        with torch.cuda.stream(self.stream):
+            return self._padded(utt_ids, epoch, self.train.encoded(waves_s))
+
+    def _padded(self, utt_ids: Sequence[str], epoch: int, matrices: Sequence[NDArray[np.float32]]) -> Ready:
         settings, seed = self.config.train.augment, self.config.seed
         changed = [augment_frames(m, settings, seed, epoch, key) for key, m in zip(utt_ids, matrices, strict=True)]
-        return pad_frames([torch.from_numpy(matrix) for matrix in changed], self.device)
+        frames_beh, frames_b = pad_frames([torch.from_numpy(matrix) for matrix in changed], HOST)
+        return Ready(utt_ids, epoch, self._pinned(frames_beh), frames_b, [])
+
+    def _pinned(self, frames_beh: Tensor) -> Tensor:
+        """Return a tensor that is copied to the device without waiting."""
+        return frames_beh.pin_memory() if self.device.type == "cuda" else frames_beh
+
+    def training(self, ready: Ready) -> tuple[Tensor, list[int]]:
+        """Return the frames [b e h] of a training batch, on the device, and their true lengths."""
+        if self.encoder is not None:
+            return pad_frames(self.encoder.frames(ready.waves_s), self.device)
+        assert ready.frames_beh is not None
+        return ready.frames_beh.to(self.device, non_blocking=True), ready.frames_b
 
     def validation(self, utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Return frames [b e h] of the validation set and their true lengths."""
@@ -70,6 +109,10 @@ class Features:
         """Return all validation ids, of like length together."""
         ids = sorted(self.valid.examples, key=lambda utt_id: (self.valid.examples[utt_id].num_frames, utt_id))
         return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+    def seconds(self, utt_ids: Sequence[str]) -> float:
+        """Return how long the sounds of training utterances are together."""
+        return sum(self.train.examples[utt_id].duration_s for utt_id in utt_ids)
 
 
 class CtcTask:
@@ -97,30 +140,40 @@ class CtcTask:
         sizes = {key: example.num_frames for key, example in self.features.train.examples.items()}
         return budget_batches(sizes, self.config.batch_frames, self.seed, epoch)
 
-    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+    def prepare(self, utt_ids: Sequence[str], epoch: int) -> Ready:
+        """Return a batch of frames."""
+        return self.features.prepare(utt_ids, epoch)
+
+    def loss(self, ready: Ready) -> Outcome:
         """Return the summed CTC loss and the number of kana."""
         self.head.train()
-        frames_beh, frames_b = self.features.training(utt_ids, epoch)
-        return self._loss(frames_beh, frames_b, utt_ids)[:2]
+        frames_beh, frames_b = self.features.training(ready)
+        loss, kana, _ = self._loss(frames_beh, frames_b, ready.utt_ids, with_texts=False)
+        positions = frames_beh.shape[0] * frames_beh.shape[1]
+        return Outcome(loss, kana, self.features.seconds(ready.utt_ids), positions, positions - sum(frames_b))
 
-    def _loss(self, frames_beh: Tensor, frames_b: list[int], utt_ids: Sequence[str]) -> tuple[Tensor, int, list[str]]:
+    def _loss(
+        self, frames_beh: Tensor, frames_b: list[int], utt_ids: Sequence[str], *, with_texts: bool
+    ) -> tuple[Tensor, int, list[str]]:
         logits_bqk, _, tokens_b = self.head(frames_beh, frames_b)
         targets = [targets_of(self.readings[utt_id]) for utt_id in utt_ids]
-        heard = [best_kana(row[:count]) for row, count in zip(logits_bqk, tokens_b, strict=True)]
+        rows = zip(logits_bqk, tokens_b, strict=True) if with_texts else ()
+        heard = [best_kana(row[:count]) for row, count in rows]
         return ctc_loss(logits_bqk, tokens_b, targets), sum(map(len, targets)), heard
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Return loss a kana and the kana error rate of the whole validation set."""
         self.head.eval()
         total, count = 0.0, 0
         heard: dict[str, str] = {}
         for utt_ids in self.features.validation_batches(32):
-            loss, tokens, texts = self._loss(*self.features.validation(utt_ids), utt_ids)
+            loss, tokens, texts = self._loss(*self.features.validation(utt_ids), utt_ids, with_texts=True)
             total, count = total + float(loss), count + tokens
             heard |= dict(zip(utt_ids, texts, strict=True))
         kana_error = self.measure({key: self.readings[key] for key in heard}, heard)
-        return {"loss": total / count, "kana_error": kana_error, "score": kana_error}
+        samples = [Sample(key, self.readings[key], text) for key, text in heard.items()]
+        return Validation({"loss": total / count, "kana_error": kana_error, "score": kana_error}, samples)
 
     def state(self) -> dict[str, Tensor]:
         """Return the head's tensors."""
@@ -161,8 +214,10 @@ class SpeechTask:
         self.bfloat16_products = uses_autocast(self.config)
         if isinstance(model.projector, CtcBridge):
             model.projector.head.requires_grad_(requires_grad=False)
+        train = self.config.train
+        self.shared = model.shared_positions() if train.packing and train.share_prompt else 0
         self.sizes = {
-            key: model.expected_positions(example.num_frames, example.text)
+            key: model.expected_positions(example.num_frames, example.text) - self.shared
             for key, example in features.train.examples.items()
         }
 
@@ -182,28 +237,38 @@ class SpeechTask:
 
     def batches(self, epoch: int) -> list[list[str]]:
         """Return batches within the budget of language-model positions."""
-        make = packed_batches if self.config.train.packing else budget_batches
-        return make(self.sizes, self.config.train.batch_tokens, self.seed, epoch)
+        train = self.config.train
+        if not train.packing:
+            return budget_batches(self.sizes, train.batch_tokens, self.seed, epoch)
+        return packed_batches(self.sizes, train.batch_tokens - self.shared, self.seed, epoch)
 
-    def padding_waste(self) -> float:
-        """Return the fraction of an epoch's positions that are padding."""
-        return 0.0 if self.config.train.packing else padding_waste(self.batches(0), self.sizes)
+    def positions(self, utt_ids: Sequence[str]) -> int:
+        """Return about how many positions of the language model a batch takes, padding included."""
+        sizes = [self.sizes[utt_id] for utt_id in utt_ids]
+        return self.shared + sum(sizes) if self.config.train.packing else max(sizes) * len(sizes)
 
-    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+    def prepare(self, utt_ids: Sequence[str], epoch: int) -> Ready:
+        """Return a batch of frames."""
+        return self.features.prepare(utt_ids, epoch)
+
+    def loss(self, ready: Ready) -> Outcome:
         """Return the summed loss of the answers and their tokens."""
         self.model.train()
-        frames_beh, frames_b = self.features.training(utt_ids, epoch)
-        texts = [self.features.train.examples[utt_id].text for utt_id in utt_ids]
+        frames_beh, frames_b = self.features.training(ready)
+        texts = [self.features.train.examples[utt_id].text for utt_id in ready.utt_ids]
         with self._autocast():
-            loss = self.model.packed_loss if self.config.train.packing else self.model.loss
-            return loss(frames_beh, frames_b, texts)
+            if self.config.train.packing:
+                cost = self.model.packed_cost(frames_beh, frames_b, texts, share_prompt=bool(self.shared))
+            else:
+                cost = self.model.padded_cost(frames_beh, frames_b, texts)
+        return Outcome(cost.nll, cost.tokens, self.features.seconds(ready.utt_ids), cost.positions, cost.padded)
 
     def _autocast(self) -> torch.autocast:
         """Return the precision of the products; see `uses_autocast`."""
         return torch.autocast(self.features.device.type, dtype=torch.bfloat16, enabled=self.bfloat16_products)
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Return loss a token over the whole validation set and the CER of some of its utterances."""
         self.model.eval()
         examples = self.features.valid.examples
@@ -215,7 +280,8 @@ class SpeechTask:
         chosen = list(examples)[:: max(1, len(examples) // wanted)][:wanted]
         texts = self.decode(chosen)
         cer = self.measure({key: examples[key].text for key in chosen}, texts)
-        return {"loss": total / count, "cer": cer, "score": cer}
+        samples = [Sample(key, examples[key].text, texts[key]) for key in chosen]
+        return Validation({"loss": total / count, "cer": cer, "score": cer}, samples)
 
     def state(self) -> dict[str, Tensor]:
         """Return what training changes."""

@@ -1,25 +1,31 @@
-"""The training loop: steps, validation, saved states, and a record of all of it."""
+"""The training loop: steps, validation, saved states, and a record of all of it.
+
+The host is one step ahead of the device: what a step came to is read when the next one is under way.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import signal
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from tqdm import tqdm
 
 from speechllm.errors import ModelError, Stopped
 from speechllm.model.state import check_keys, load_tensors, save_tensors
-from speechllm.runtime import derive_seed, write_text
+from speechllm.runtime import derive_seed
+from speechllm.train import average
 from speechllm.train import checkpoint as ckpt
-from speechllm.train.distributed import ALONE
-from speechllm.train.optim import Group, Optimizer, schedule
+from speechllm.train.ahead import Step, making_ready
+from speechllm.train.curves import Curves, forget_after, peak_memory_gib
+from speechllm.train.distributed import ALONE, Gradients
+from speechllm.train.optim import Optimizer, Sums, schedule
+from speechllm.train.task import P, Validation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,44 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from speechllm.train.distributed import World
+    from speechllm.train.task import Outcome, Task
 
 log = logging.getLogger(__name__)
 
 KEPT_STATES = 2
 MAX_BAD_STEPS = 5
-
-METRICS = "metrics.jsonl"
-
-
-class Task(Protocol):
-    """What is trained; the loop knows nothing else of it."""
-
-    name: str
-    seed: int
-
-    def groups(self) -> Sequence[Group]:
-        """Return the trainable parameters and their learning rates."""
-        ...
-
-    def batches(self, epoch: int) -> list[list[str]]:
-        """Return the utterance ids of each batch of an epoch, a pure function of it."""
-        ...
-
-    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
-        """Return the summed loss of a batch and the number of tokens in it."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Return results on the validation set; ``score`` is the one to make small."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name."""
-        ...
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill what training changes."""
-        ...
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -80,51 +55,87 @@ class LoopOptions:
     clip_norm: float
     validate_every: int
     save_every: int
+    patience: int | None = None
+    average: int = 1
+    average_of: str = "best"
 
 
 @dataclass
 class Progress:
-    """Where a run is; what a saved state holds beside tensors."""
+    """Where a run is; what a saved state holds beside tensors. All randomness is a function of seed and step."""
 
     step: int = 0
     best: float = math.inf
     best_step: int = 0
     seconds: float = 0.0
-    bad_steps: int = field(default=0)
+    bad_steps: int = 0
+    stale: int = 0
+    """Validations since the best one."""
+    unvalidated: bool = False
+    """Whether this step is still to be validated: a signal came first."""
+    kept: list[tuple[float, int]] = field(default_factory=list)
+    """Score and step of the states that are to be averaged."""
 
 
-class Loop:
+@dataclass(frozen=True)
+class Late:
+    """A step whose results the device may still be working out."""
+
+    step: int
+    factor: float
+    batches: Sequence[Sequence[str]]
+    values: Tensor
+    """Loss, tokens, requests to stop, seconds of sound, positions, padded positions, norm of the gradient."""
+    ready: Any
+    """The CUDA event of `values`; None on the CPU."""
+
+    def read(self) -> list[float]:
+        """Return the values, once the device has them."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        found: list[float] = self.values.tolist()
+        return found
+
+
+class _BrokenOff(Exception):  # noqa: N818 - it is no error
+    """A signal came while the model was being validated."""
+
+
+class Loop(Generic[P]):
     """One training run of a task in a folder, resumed where it was left."""
 
-    def __init__(self, task: Task, options: LoopOptions, folder: Path, world: World = ALONE) -> None:
+    def __init__(self, task: Task[P], options: LoopOptions, folder: Path, world: World = ALONE) -> None:
         """Prepare the run and load the newest state that `folder` holds."""
         self.task, self.options, self.folder, self.world = task, options, folder, world
         self.optimizer = Optimizer(task.groups(), options.weight_decay, options.clip_norm)
+        self.gradients = Gradients(world, list(self.optimizer.named.values()))
         # batches are drawn anew for every epoch, so epochs differ a little in their number of steps
         whole = math.ceil(options.epochs)
         self.epoch_steps = [math.ceil(len(task.batches(epoch)) / options.accumulate) for epoch in range(whole)]
         cut = (whole - options.epochs) * self.epoch_steps[-1] if whole else 0
         self.total = max(min(whole, 1), round(sum(self.epoch_steps) - cut))
         self.progress = Progress()
-        self.stop_requested = False
+        self.late: Late | None = None
+        self.stop_requested = self.stop_agreed = self.validating = False
+        self.clock = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
     def _resume(self) -> None:
         found = ckpt.load_newest(self.folder / "checkpoints")
         if found is None:
-            self._truncate(0)  # of a run that was killed before it saved anything
+            self._forget_after(0)  # of a run that was killed before it saved anything
             return
         check_keys(self.folder / "checkpoints", found.trainable, self.task.state())
         self.task.load_state(found.trainable)
         self.optimizer.load_state(found.optimizer)
         self.progress = Progress(**found.progress)  # type: ignore[arg-type] # our own JSON, checked by its sum
-        self._truncate(self.progress.step)
+        self._forget_after(self.progress.step)
         log.info("%s resumed step=%d of=%d", self.task.name, self.progress.step, self.total)
 
-    def _truncate(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         if self.world.is_main:
-            _truncate_metrics(self.folder / METRICS, step)
+            forget_after(self.folder, step)
 
     def run(self) -> Progress:
         """Train to the end, load the best state into the task, and return where that was.
@@ -133,33 +144,24 @@ class Loop:
             Stopped: SIGTERM or SIGUSR1 came; the state is saved.
             ModelError: the loss stayed not finite.
         """
-        previous = {
-            number: signal.signal(number, self._request_stop)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        previous = {number: signal.signal(number, self._request_stop) for number in SIGNALS}
+        first_step = self.progress.step + 1
         try:
             with (
-                self._writer() as writer,
+                Curves(self.folder, self.task.name, first_step, writes=self.world.is_main) as curves,
                 self._bar() as bar,
+                making_ready(self.task, self._remaining(), self.world) as steps,
             ):
-                for epoch, utt_ids in self._remaining():
-                    self._one_step(epoch, utt_ids, writer, bar)
+                self.clock = time.monotonic()
+                if self.progress.unvalidated:
+                    self._validate(curves)
+                while not self._is_over() and self._one_step(next(steps), curves, bar):
+                    pass
+                self._load_best(curves)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if (self.folder / ckpt.BEST).is_file():
-            best = load_tensors(self.folder / ckpt.BEST)
-            check_keys(self.folder / ckpt.BEST, best, self.task.state())
-            self.task.load_state(best)
         return self.progress
-
-    def _writer(self) -> Any:
-        """Return the curves' writer; the other processes have none."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if not self.world.is_main:
-            return contextlib.nullcontext()
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.progress.step + 1)
 
     def _bar(self) -> tqdm[Any]:
         silent = None if self.world.is_main else True
@@ -168,71 +170,107 @@ class Loop:
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         log.info("%s stop requested signal=%d; saving at the next step", self.task.name, number)
         self.stop_requested = True
+        if self.validating:
+            self.validating = False
+            raise _BrokenOff
+
+    def _stopping(self) -> bool:
+        """Return whether to stop after this step; several processes agree on it a step later."""
+        return self.stop_requested if self.world.size == 1 else self.stop_agreed
+
+    def _is_over(self) -> bool:
+        patience = self.options.patience
+        return self.progress.step >= self.total or (patience is not None and self.progress.stale >= patience)
 
     def _remaining(self) -> Iterator[tuple[int, list[list[str]]]]:
         """Yield (epoch, the batches of one step) from where the run is: a function of the step alone."""
-        first = 0
+        first, start = 0, self.progress.step
         size = self.options.accumulate
         for epoch, steps in enumerate(self.epoch_steps):
-            if self.progress.step < first + steps:
+            if start < first + steps:
                 batches = self.task.batches(epoch)
-                for position in range(self.progress.step - first, min(steps, self.total - first)):
+                for position in range(max(0, start - first), min(steps, self.total - first)):
                     yield epoch, batches[position * size : (position + 1) * size]
             first += steps
 
-    def _one_step(self, epoch: int, batches: Sequence[Sequence[str]], writer: object, bar: tqdm[Any]) -> None:
-        began = time.monotonic()
+    def _one_step(self, step: Step[P], curves: Curves, bar: tqdm[Any]) -> bool:
+        """Return whether to go on."""
         progress = self.progress
-        nll, tokens = self._gradients(epoch, batches)
+        sums = self._gradients(step)
         factor = schedule(progress.step, self.total, self.options.warmup)
-        # a loss can be infinite and its gradient finite
-        done = progress.step / self.total
-        norm = self.optimizer.step(factor, tokens, done) if math.isfinite(nll) else self.optimizer.skip()
+        # a batch of silence has no tokens
+        norm = self.optimizer.step(factor, Sums(sums[0], sums[1].clamp(min=1)), progress.step / self.total)
         progress.step += 1
-        self._guard(nll, norm, batches)
-        progress.seconds += time.monotonic() - began
-        result = {
-            "loss": nll / tokens,
-            "grad_norm": norm,
-            "lr_factor": factor,
-            "tokens": float(tokens),
-        }
-        self._record("train", result, writer)
-        bar.set_postfix(loss=f"{result['loss']:.3f}", refresh=False)
-        bar.update()
-        last = progress.step == self.total
-        if last or progress.step % self.options.validate_every == 0:
-            self._validate(writer)
-        if last or self.stop_requested or progress.step % self.options.save_every == 0:
+        self._settle(curves, bar)
+        self.late = _on_its_way(progress.step, factor, step.batches, torch.cat([sums, norm.reshape(1).double()]))
+        due = progress.step == self.total or progress.step % self.options.validate_every == 0
+        save = progress.step % self.options.save_every == 0
+        stopping = False
+        if due or save or self._stopping():
+            self._settle(curves, bar)
+            stopping = self._stopping()
+        if due and stopping and progress.step < self.total:
+            progress.unvalidated = True
+        elif due:
+            self._validate(curves)
+        if save or stopping or self._is_over():
             self._save()
-        if self.stop_requested and not last:
-            raise Stopped(f"{self.task.name} saved at step {progress.step} of {self.total}; run again to go on")
+        if stopping and not self._is_over():
+            raise self._stopped()
+        return not self._is_over()
 
-    def _gradients(self, epoch: int, batches: Sequence[Sequence[str]]) -> tuple[float, int]:
-        """Leave the gradients of a step's batches in the parameters; return their summed loss and their tokens."""
-        nll, tokens = 0.0, 0
-        for index, utt_ids in self.world.share(list(enumerate(batches))):
+    def _stopped(self) -> Stopped:
+        return Stopped(f"{self.task.name} saved at step {self.progress.step} of {self.total}; run again to go on")
+
+    def _gradients(self, step: Step[P]) -> Tensor:
+        """Leave the gradients of a step's batches in the parameters; return what `Late` describes, less the norm."""
+        outcomes = []
+        for index, ready, weight in step.mine:
             # dropout is a function of seed, step and batch, so a resumed run draws the same, as do other processes
             torch.manual_seed(derive_seed(self.task.name, self.task.seed, self.progress.step, index))
-            loss, count = self.task.loss(utt_ids, epoch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nll += float(loss.detach())
-            tokens += count
-        nll, all_tokens, stops = self.world.total([nll, float(tokens), float(self.stop_requested)])
-        self.stop_requested = stops > 0
-        if math.isfinite(nll):
-            self.world.add_gradients(list(self.optimizer.named.values()))
-        return nll, max(1, round(all_tokens))  # a batch of silence has no tokens
+            outcome = self.task.loss(ready.result())
+            (outcome.nll * weight).backward()  # type: ignore[no-untyped-call]
+            outcomes += [outcome] if weight else []
+        device = next(iter(self.optimizer.named.values())).device
+        sums = self.world.add_up(_sums(outcomes, float(self.stop_requested), device))
+        self.gradients.add_up()
+        return sums
 
-    def _guard(self, nll: float, norm: float, batches: Sequence[Sequence[str]]) -> None:
+    def _settle(self, curves: Curves, bar: tqdm[Any]) -> None:
+        """Read and record what the last step came to."""
+        late, self.late = self.late, None
+        if late is None:
+            return
+        nll, tokens, stops, audio_s, positions, padded, norm = late.read()
+        self.stop_agreed = self.stop_agreed or stops > 0
+        self._guard(nll, norm, late)
+        seconds = self._lap()
+        self.progress.seconds += seconds
+        values = {"loss": nll / max(1, tokens), "grad_norm": norm, "lr_factor": late.factor, "tokens": tokens}
+        if positions:
+            values |= {"audio_s": audio_s, "positions": positions, "padding": padded / positions}
+        curves.record("train", late.step, values)
+        speed = {"audio_hours_per_hour": audio_s / seconds, "tokens_per_s": positions / seconds}
+        curves.curve("speed", late.step, {**speed, "memory_gib": peak_memory_gib()})
+        shown = {"audio-h/h": f"{speed['audio_hours_per_hour']:.0f}", "tok/s": f"{speed['tokens_per_s']:.0f}"}
+        bar.set_postfix({"loss": f"{values['loss']:.3f}", **(shown if positions else {})}, refresh=False)
+        bar.update()
+
+    def _lap(self) -> float:
+        """Return the seconds since the last call, or since something else than steps was done."""
+        began, self.clock = self.clock, time.monotonic()
+        return self.clock - began
+
+    def _guard(self, nll: float, norm: float, late: Late) -> None:
         if math.isfinite(nll) and math.isfinite(norm):
             self.progress.bad_steps = 0
             return
         self.progress.bad_steps += 1
-        names = " ".join(batch[0] for batch in batches)
+        names = " ".join(batch[0] for batch in late.batches)
         log.warning(
-            "%s step skipped: loss %s, gradient %s, batches beginning %s",
+            "%s step %d skipped: loss %s, gradient %s, batches beginning %s",
             self.task.name,
+            late.step,
             nll,
             norm,
             names,
@@ -241,20 +279,41 @@ class Loop:
             what = f"{MAX_BAD_STEPS} steps in a row were not finite, the last at {names}"
             raise ModelError(self.folder, what, "lower the learning rate or look at these utterances")
 
-    def _validate(self, writer: object) -> None:
-        began = time.monotonic()
-        result = self.world.from_main(self.task.validate() if self.world.is_main else {})
-        self._record("valid", {**result, "minutes": self.progress.seconds / 60}, writer)
-        log.info(
-            "%s step=%d %s",
-            self.task.name,
-            self.progress.step,
-            " ".join(f"{k}={v:.4f}" for k, v in result.items()),
-        )
+    def _validate(self, curves: Curves) -> None:
+        """Measure this step, or save it and stop if a signal comes first."""
+        found = self._validation()
+        self.progress.unvalidated = found is None
+        if found is None:
+            self._save()
+            raise self._stopped()
+        result, step = found.scores, self.progress.step
+        timed = {"minutes": self.progress.seconds / 60, "memory_gib": peak_memory_gib()}
+        curves.record("valid", step, {**result, **timed})
+        curves.samples(step, found.samples)
+        log.info("%s step=%d %s", self.task.name, step, _shown(result))
         if result["score"] < self.progress.best:
-            self.progress.best, self.progress.best_step = result["score"], self.progress.step
+            self.progress.best, self.progress.best_step, self.progress.stale = result["score"], step, 0
             self._keep_best()
-        log.debug("validation took %.1f s", time.monotonic() - began)
+        else:
+            self.progress.stale += 1
+        if self.options.average > 1:
+            kind, count = self.options.average_of, self.options.average
+            self.progress.kept = average.chosen(self.progress.kept, result["score"], step, count, kind)
+            if self.world.is_main:
+                average.keep(self.folder, self.progress.kept, step, self.task.state())
+        self._lap()
+
+    def _validation(self) -> Validation | None:
+        """Return the results of the first process, on all of them; None where a signal came first."""
+        found: Validation | None = None
+        if self.world.is_main or self.world.lockstep:
+            with contextlib.suppress(_BrokenOff):
+                try:
+                    self.validating = not self.world.lockstep  # the others would wait for it
+                    found = self.task.validate()
+                finally:
+                    self.validating = False
+        return self.world.from_main(found)
 
     def _keep_best(self) -> None:
         if self.world.is_main:
@@ -263,22 +322,30 @@ class Loop:
             temporary.replace(self.folder / ckpt.BEST)
         self.world.wait()
 
-    def _record(self, kind: str, values: Mapping[str, float], writer: object) -> None:
-        if not self.world.is_main:
+    def _load_best(self, curves: Curves) -> None:
+        """Load the best state, or the mean of several where that is no worse."""
+        if not (self.folder / ckpt.BEST).is_file():
             return
-        # JSON has no NaN: the loss of a skipped step is null
-        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        line = json.dumps({"kind": kind, "task": self.task.name, "step": self.progress.step, **plain})
-        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-        for key, value in values.items():
-            writer.add_scalar(f"{self.task.name}/{kind}/{key}", value, self.progress.step)  # type: ignore[attr-defined]
+        if len(self.progress.kept) > 1:
+            self._load(self.folder / average.FOLDER, average.mean(self.folder, self.progress.kept))
+            taking_part = self.world.is_main or self.world.lockstep
+            found = self.world.from_main(self.task.validate() if taking_part else Validation({}))
+            steps = " ".join(str(step) for _, step in self.progress.kept)
+            log.info("%s average of steps %s: %s", self.task.name, steps, _shown(found.scores))
+            curves.curve("average", self.progress.step, found.scores)
+            if found.scores["score"] <= self.progress.best:
+                return
+        self._load(self.folder / ckpt.BEST, load_tensors(self.folder / ckpt.BEST))
+
+    def _load(self, where: Path, state: Mapping[str, Tensor]) -> None:
+        check_keys(where, state, self.task.state())
+        self.task.load_state(state)
 
     def _save(self) -> None:
-        if not self.world.is_main:
-            return
-        state = ckpt.Checkpoint(self.task.state(), self.optimizer.state(), dict(vars(self.progress)))
-        ckpt.save(self.folder / "checkpoints", self.progress.step, state, KEPT_STATES)
+        if self.world.is_main:
+            state = ckpt.Checkpoint(self.task.state(), self.optimizer.state(), dict(vars(self.progress)))
+            ckpt.save(self.folder / "checkpoints", self.progress.step, state, KEPT_STATES)
+        self._lap()
 
     def clean(self) -> None:
         """Delete all saved states of a finished run but the last; the best parameters have a file of their own."""
@@ -286,9 +353,32 @@ class Loop:
             ckpt.prune(self.folder / "checkpoints", keep=1)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop records of steps after `step`: the resumed run makes them again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+def _sums(outcomes: Sequence[Outcome], stops: float, device: torch.device) -> Tensor:
+    """Return what the batches of a step add up to [6], float64."""
+    counted = [
+        sum(float(one.tokens) for one in outcomes),
+        stops,
+        sum(one.audio_s for one in outcomes),
+        sum(float(one.positions) for one in outcomes),
+        sum(float(one.padded) for one in outcomes),
+    ]
+    host = torch.tensor(counted, dtype=torch.float64)
+    known = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    for one in outcomes:
+        nll = nll + one.nll.detach().double()
+    return torch.cat([nll.reshape(1), known])
+
+
+def _on_its_way(step: int, factor: float, batches: Sequence[Sequence[str]], values: Tensor) -> Late:
+    """Begin to copy the values of a step to the host."""
+    if values.device.type != "cuda":
+        return Late(step, factor, batches, values, None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return Late(step, factor, batches, host, event)
+
+
+def _shown(scores: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.4f}" for name, value in scores.items())

@@ -112,7 +112,7 @@ def test_what_stands_in_the_left_padding_changes_no_text(model: SpeechLlm, confi
     dirty = Spliced(
         start.embeds_bld.masked_fill(~start.mask_bl[..., None], 5.0),
         start.mask_bl,
-        start.labels_bl,
+        start.layout,
     )
     limits = [8] * len(FRAMES)
     for clean_best, dirty_best in zip(

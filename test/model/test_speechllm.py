@@ -12,7 +12,7 @@ from speechllm.config.schema import ConvMlpProjector, CtcProjector, LinearProjec
 from speechllm.model.ctc import KANA
 from speechllm.model.lm import load_lm
 from speechllm.model.projector import ConvMlp
-from speechllm.model.speechllm import IGNORED, SpeechLlm, kana_embeddings, pad_frames
+from speechllm.model.speechllm import SpeechLlm, kana_embeddings, pad_frames
 from speechllm.text import prompt as prompts
 from speechllm.text.prompt import encode
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FRAMES = (23, 6, 14)
 TARGETS = (tiny.TEXTS[0], tiny.TEXTS[2], "")
+IGNORED = -100  # transformers' label of what costs nothing
 CONFIGS: dict[str, Projector] = {
     "conv_mlp": ConvMlpProjector(stride=5, hidden=8),
     "linear": LinearProjector(stride=4),
@@ -99,22 +100,25 @@ def test_an_utterance_costs_in_a_batch_what_it_costs_alone(model: SpeechLlm) -> 
 def test_without_targets_the_splice_is_the_one_with_them_less_the_answer(llama: SpeechLlm) -> None:
     asked = llama.splice(*frames(), None)
     answered = llama.splice(*frames(), TARGETS)
-    assert (asked.labels_bl == IGNORED).all()
+    assert not asked.layout.labels
     for row, target in enumerate(TARGETS):
         length = int(asked.mask_bl[row].sum())
-        answer = len(encode(llama.lm.tokenizer, target)) + 1
-        assert int(answered.mask_bl[row].sum()) == length + answer
+        read = len(encode(llama.lm.tokenizer, target))  # the end of the text is predicted, never read
+        assert int(answered.mask_bl[row].sum()) == length + read
         torch.testing.assert_close(asked.embeds_bld[row, :length], answered.embeds_bld[row, :length])
 
 
-def test_the_position_before_each_answer_token_is_labelled_with_it(llama: SpeechLlm) -> None:
-    spliced = llama.splice(*frames(), TARGETS)
-    for row, target in enumerate(TARGETS):
-        answer = [*encode(llama.lm.tokenizer, target), llama.lm.tokenizer.eos_token_id]
-        length = int(spliced.mask_bl[row].sum())
-        labels = spliced.labels_bl[row].tolist()
-        assert labels[length - len(answer) - 1 : length] == [*answer, IGNORED]
-        assert set(labels[: length - len(answer) - 1]) | set(labels[length:]) <= {IGNORED}
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_the_last_positions_of_a_row_predict_its_answer(llama: SpeechLlm, *, pad_left: bool) -> None:
+    spliced = llama.splice(*frames(), TARGETS, pad_left=pad_left)
+    answers = [[*encode(llama.lm.tokenizer, target), llama.lm.tokenizer.eos_token_id] for target in TARGETS]
+    assert spliced.layout.labels == [token for answer in answers for token in answer]
+    longest = spliced.mask_bl.shape[1]
+    wanted: list[int] = []
+    for row, answer in enumerate(answers):
+        end = row * longest + (longest if pad_left else int(spliced.mask_bl[row].sum()))
+        wanted += range(end - len(answer), end)
+    assert spliced.layout.answer_at.tolist() == wanted
 
 
 def test_the_sound_stands_between_prompt_and_answer(llama: SpeechLlm) -> None:

@@ -9,16 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import tiny
 from safetensors.torch import load_file
 
 from speechllm.config import load as configs
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TIME_LIMIT_S = 300
 LENGTHS = {f"u{number}": 6_000 + 1_700 * number for number in range(7)}  # an odd number: one gets less than the other
@@ -104,6 +101,20 @@ def test_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None:
     assert not (alone.folder / "both/model").exists()
     assert alone.train("both").returncode == 0
     assert_same(alone, "both")
+
+
+def test_two_processes_that_share_the_language_models_weights_end_in_the_bits_of_one(alone: Setting) -> None:
+    done = alone.train("shared", "--ngpu", "2", "--set", "train.shard=true")
+    assert done.returncode == 0, done.stderr
+    assert_same(alone, "shared")
+
+
+def test_torchrun_starts_the_processes_as_well(alone: Setting) -> None:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    arguments = alone.command("torchrun")[1:]
+    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, check=False, timeout=TIME_LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    assert_same(alone, "torchrun")
 
 
 def test_more_processes_than_batches_a_step_are_refused_in_one_line(setting: Setting) -> None:

@@ -16,7 +16,7 @@ from speechllm.data.dataset import FeatureSet
 from speechllm.model.assemble import assemble, origin_of
 from speechllm.model.ctc import KANA
 from speechllm.model.projector import CtcBridge
-from speechllm.train.tasks import CtcTask, Features, SpeechTask
+from speechllm.train.tasks import CtcTask, Features, Ready, SpeechTask
 from speechllm.train.trainer import Loop, LoopOptions
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from speechllm.model.speechllm import SpeechLlm
+    from speechllm.train.task import Outcome
 
 TRAIN = {f"t{number}": tiny.TEXTS[number] for number in range(5)}
 TRAIN_FRAMES = {"t0": 40, "t1": 37, "t2": 61, "t3": 25, "t4": 12}
@@ -77,6 +78,10 @@ def ctc_task(lm_folder: Path, sets: tuple[FeatureSet, FeatureSet], **fields: obj
     return CtcTask(features, model.projector, features.config.projector, Measured())
 
 
+def cost(task: SpeechTask | CtcTask, utt_ids: Sequence[str], epoch: int = 0) -> Outcome:
+    return task.loss(task.prepare(utt_ids, epoch))
+
+
 def test_projector_and_adapter_have_their_own_rates(lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]) -> None:
     task = speech_task(lm_folder, sets, train={"peak_lr": 0.5, "lora_lr": 0.25})
     projector, adapter = task.groups()
@@ -91,8 +96,7 @@ def test_projector_and_adapter_have_their_own_rates(lm_folder: Path, sets: tuple
 def test_a_bridges_head_stays_as_it_was_trained(lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]) -> None:
     task = speech_task(lm_folder, sets, projector=CTC)
     assert set(task.groups()[0].named) == {"projector.residual.weight", "projector.residual.bias"}
-    loss, _ = task.loss(["t0", "t1"], epoch=0)
-    loss.backward()  # type: ignore[no-untyped-call]
+    cost(task, ["t0", "t1"]).nll.backward()  # type: ignore[no-untyped-call]
     touched = {name for name, value in task.model.named_parameters() if value.grad is not None}
     assert not any(name.startswith("projector.head") for name in touched)
 
@@ -100,20 +104,25 @@ def test_a_bridges_head_stays_as_it_was_trained(lm_folder: Path, sets: tuple[Fea
 def test_sizes_are_the_positions_that_the_language_model_reads(
     lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]
 ) -> None:
-    task = speech_task(lm_folder, sets)
-    frames_beh, frames_b = task.features.training(list(TRAIN), epoch=0)
+    task = speech_task(lm_folder, sets, train={"packing": False})
+    frames_beh, frames_b = task.features.training(task.prepare(list(TRAIN), 0))
     spliced = task.model.splice(frames_beh, frames_b, list(TRAIN.values()))
     assert list(task.sizes.values()) == spliced.mask_bl.sum(dim=1).tolist()
+    sharing = speech_task(lm_folder, sets)
+    cost = sharing.loss(sharing.prepare(list(TRAIN), 0))
+    assert cost.positions == sharing.positions(list(TRAIN)) == sum(sharing.sizes.values()) + sharing.shared
+    assert (cost.padded, sharing.shared) == (0, sharing.model.shared_positions())
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_batches_hold_every_utterance_once_within_the_budget(
-    lm_folder: Path, sets: tuple[FeatureSet, FeatureSet], epoch: int
+    lm_folder: Path, sets: tuple[FeatureSet, FeatureSet], epoch: int, *, packing: bool
 ) -> None:
-    task = speech_task(lm_folder, sets, train={"batch_tokens": 60})
+    task = speech_task(lm_folder, sets, train={"batch_tokens": 60, "packing": packing})
     batches = task.batches(epoch)
     assert sorted(key for batch in batches for key in batch) == sorted(TRAIN)
-    assert all(len(batch) * max(task.sizes[key] for key in batch) <= 60 for batch in batches)
+    assert all(task.positions(batch) <= 60 for batch in batches)
     assert len(batches) > 1
 
 
@@ -121,7 +130,7 @@ def test_the_loss_of_an_utterance_is_a_function_of_the_epoch(
     lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]
 ) -> None:
     task = speech_task(lm_folder, sets, train={"augment": {"time_masks": 2, "noise": 0.5}})
-    first, again, later = (float(task.loss(["t2"], epoch)[0].detach()) for epoch in (0, 0, 1))
+    first, again, later = (float(cost(task, ["t2"], epoch).nll.detach()) for epoch in (0, 0, 1))
     assert first == again != later
 
 
@@ -130,7 +139,7 @@ def test_training_frames_are_augmented_and_validation_frames_are_not(
 ) -> None:
     features, _ = made(lm_folder, sets, train={"augment": {"noise": 1.0}})
     plain = sets[0].frames("t0")
-    assert not np.allclose(features.training(["t0"], 0)[0][0].numpy(), plain)
+    assert not np.allclose(features.training(features.prepare(["t0"], 0))[0][0].numpy(), plain)
     np.testing.assert_array_equal(features.validation(["v0"])[0][0].numpy(), sets[1].frames("v0"))
 
 
@@ -146,7 +155,7 @@ def test_as_many_validation_utterances_are_decoded_as_were_asked_for(
     lm_folder: Path, sets: tuple[FeatureSet, FeatureSet], wanted: int, number: int
 ) -> None:
     task = speech_task(lm_folder, sets, train={"valid_utts": wanted})
-    result = task.validate()
+    result = task.validate().scores
     assert isinstance(task.measure, Measured)
     ((refs, hyps),) = task.measure.calls
     assert len(refs) == number
@@ -165,8 +174,8 @@ def test_the_validation_loss_is_that_of_all_its_tokens_without_dropout(
         for key, text in VALID.items():
             loss, tokens = task.model.loss(*task.features.validation([key]), [text])
             total, count = total + float(loss), count + tokens
-    task.loss(["t0"], 0)  # leaves the model in training
-    assert task.validate()["loss"] == pytest.approx(total / count, rel=1e-5)
+    cost(task, ["t0"])  # leaves the model in training
+    assert task.validate().scores["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def run(folder: Path, task: SpeechTask | CtcTask, killed_at: int | None = None) -> dict[str, torch.Tensor]:
@@ -174,10 +183,10 @@ def run(folder: Path, task: SpeechTask | CtcTask, killed_at: int | None = None) 
     calls = iter(range(1000))
     whole_loss = task.loss
 
-    def loss(utt_ids: Sequence[str], epoch: int) -> tuple[torch.Tensor, int]:
+    def loss(ready: Ready) -> Outcome:
         if next(calls) == killed_at:
             raise KeyboardInterrupt
-        return whole_loss(utt_ids, epoch)
+        return whole_loss(ready)
 
     task.loss = loss  # type: ignore[method-assign]
     Loop(task, replace(OPTIONS), folder).run()
@@ -212,16 +221,14 @@ def test_a_head_is_trained_on_the_readings_of_the_transcripts(
     task = ctc_task(lm_folder, sets)
     assert task.readings["t0"] == "キョーワイイテンキデス"
     assert task.readings.keys() == TRAIN.keys() | VALID.keys()
-    _, kana = task.loss(["t0"], 0)
-    assert kana == len("キョーワイイテンキデス")
+    assert cost(task, ["t0"]).tokens == len("キョーワイイテンキデス")
 
 
 def test_only_the_head_is_trained_on_kana(lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]) -> None:
     task = ctc_task(lm_folder, sets)
     (group,) = task.groups()
     assert group.named.keys() == task.state().keys() == dict(task.head.named_parameters()).keys()
-    loss, _ = task.loss(["t0", "t1", "t2"], 0)
-    loss.backward()  # type: ignore[no-untyped-call]
+    cost(task, ["t0", "t1", "t2"]).nll.backward()  # type: ignore[no-untyped-call]
     assert all(value.grad is not None for value in group.named.values())
 
 
@@ -233,7 +240,7 @@ def test_the_kana_error_is_that_of_the_best_path_against_the_reading(
         task.head.out.weight.zero_()
         task.head.out.bias.copy_(torch.tensor([0.0] * (len(KANA) + 1)))
         task.head.out.bias[1 + KANA.index("ア")] = 1.0
-    result = task.validate()
+    result = task.validate().scores
     assert isinstance(task.measure, Measured)
     ((refs, hyps),) = task.measure.calls
     assert hyps == dict.fromkeys(VALID, "ア")
@@ -245,6 +252,6 @@ def test_the_kana_error_is_that_of_the_best_path_against_the_reading(
 def test_the_losses_of_a_head_in_a_batch_add_up(lm_folder: Path, sets: tuple[FeatureSet, FeatureSet]) -> None:
     task = ctc_task(lm_folder, sets, seed=5)
     task.head.dropout.p = 0.0
-    together = float(task.loss(["t0", "t2"], 0)[0].detach())
-    alone = sum(float(task.loss([key], 0)[0].detach()) for key in ("t0", "t2"))
+    together = float(cost(task, ["t0", "t2"]).nll.detach())
+    alone = sum(float(cost(task, [key]).nll.detach()) for key in ("t0", "t2"))
     assert together == pytest.approx(alone, rel=1e-5)

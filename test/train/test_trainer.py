@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speechllm.errors import ModelError, Stopped
+from speechllm.errors import ConfigError, ModelError, Stopped
 from speechllm.model.state import load_tensors, save_tensors
 from speechllm.train.checkpoint import BEST, TRAINABLE
+from speechllm.train.curves import METRICS, TIMED
 from speechllm.train.optim import Group
-from speechllm.train.trainer import MAX_BAD_STEPS, METRICS, Loop, LoopOptions
+from speechllm.train.task import Outcome, Sample, Validation
+from speechllm.train.trainer import MAX_BAD_STEPS, Loop, LoopOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +52,7 @@ class Toy:
         self.steps = 0
         self.used: list[tuple[int, tuple[str, ...]]] = []
         self.before_step: Callable[[int], None] = lambda _step: None
+        self.during_validation: Callable[[int], None] = lambda _step: None
         self.change: Callable[[int, Tensor], Tensor] = lambda _step, loss: loss
         self.scores: Sequence[float] | None = None
 
@@ -61,7 +64,11 @@ class Toy:
         shares = np.array_split(order, BATCHES_OF_EPOCH[epoch % len(BATCHES_OF_EPOCH)])
         return [[IDS[int(index)] for index in share] for share in shares]
 
-    def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
+    def prepare(self, utt_ids: Sequence[str], epoch: int) -> tuple[Sequence[str], int]:
+        return utt_ids, epoch
+
+    def loss(self, ready: tuple[Sequence[str], int]) -> Outcome:
+        utt_ids, epoch = ready
         self.before_step(self.steps)
         inputs = torch.tensor([[ord(one) % 7, ord(one) % 5] for one in utt_ids], dtype=torch.float32)
         kept = nn.functional.dropout(inputs, self.dropout)
@@ -69,12 +76,13 @@ class Toy:
         self.used.append((epoch, tuple(utt_ids)))
         loss = self.change(self.steps, loss)
         self.steps += 1
-        return loss, len(utt_ids)
+        return Outcome(loss, len(utt_ids))
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
+        self.during_validation(self.steps)
         if self.scores is not None:
-            return {"score": self.scores[(self.steps // OPTIONS.validate_every) - 1]}
-        return {"score": float(self.weight.detach().square().sum())}
+            return Validation({"score": self.scores[(self.steps // OPTIONS.validate_every) - 1]})
+        return Validation({"score": float(self.weight.detach().square().sum())})
 
     def state(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), "bias": self.bias.detach()}
@@ -86,7 +94,7 @@ class Toy:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ended:
     """All that must be the same of two runs."""
 
     state: Mapping[str, Tensor]
@@ -97,16 +105,16 @@ class Outcome:
 def metrics(folder: Path) -> list[dict[str, object]]:
     """Return the records without the times in them."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "minutes"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
 
-def run(folder: Path, options: LoopOptions = OPTIONS, toy: Toy | None = None) -> Outcome:
+def run(folder: Path, options: LoopOptions = OPTIONS, toy: Toy | None = None) -> Ended:
     toy = toy or Toy()
     Loop(toy, options, folder).run()
-    return Outcome(toy.state(), metrics(folder), toy.used)
+    return Ended(toy.state(), metrics(folder), toy.used)
 
 
-def assert_same(one: Outcome, other: Outcome) -> None:
+def assert_same(one: Ended, other: Ended) -> None:
     assert one.metrics == other.metrics
     for name, value in one.state.items():
         assert torch.equal(value, other.state[name]), name
@@ -125,12 +133,12 @@ def terminate() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """Return what a run makes that nothing disturbs."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
-def test_a_run_takes_the_batches_of_its_epochs_in_turn(whole: Outcome) -> None:
+def test_a_run_takes_the_batches_of_its_epochs_in_turn(whole: Ended) -> None:
     toy = Toy()
     wanted = [(epoch, tuple(batch)) for epoch in range(5) for batch in toy.batches(epoch)][:TOTAL]
     assert whole.used == wanted
@@ -138,13 +146,13 @@ def test_a_run_takes_the_batches_of_its_epochs_in_turn(whole: Outcome) -> None:
     assert [record["step"] for record in trained] == list(range(1, TOTAL + 1))
 
 
-def test_two_runs_are_the_same_to_the_bit(whole: Outcome, tmp_path: Path) -> None:
+def test_two_runs_are_the_same_to_the_bit(whole: Ended, tmp_path: Path) -> None:
     torch.manual_seed(99)
     assert_same(run(tmp_path), whole)
 
 
 @pytest.mark.parametrize("killed_at", [0, 2, 3, 10, 16, 19])
-def test_a_killed_and_resumed_run_is_the_same_to_the_bit(whole: Outcome, tmp_path: Path, killed_at: int) -> None:
+def test_a_killed_and_resumed_run_is_the_same_to_the_bit(whole: Ended, tmp_path: Path, killed_at: int) -> None:
     toy = Toy()
     toy.before_step = at_step(killed_at, kill)
     with pytest.raises(Killed):
@@ -154,7 +162,7 @@ def test_a_killed_and_resumed_run_is_the_same_to_the_bit(whole: Outcome, tmp_pat
     assert len(resumed.used) == TOTAL - killed_at // OPTIONS.save_every * OPTIONS.save_every
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_same_to_the_bit(whole: Outcome, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_is_the_same_to_the_bit(whole: Ended, tmp_path: Path) -> None:
     for _ in range(20):
         toy = Toy()
         toy.before_step = at_step(4, kill)
@@ -167,7 +175,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_to_the_bit(whole: Outc
         pytest.fail("the run never came to its end")
 
 
-def test_a_record_that_was_cut_short_is_made_again(whole: Outcome, tmp_path: Path) -> None:
+def test_a_record_that_was_cut_short_is_made_again(whole: Ended, tmp_path: Path) -> None:
     toy = Toy()
     toy.before_step = at_step(8, kill)
     with pytest.raises(Killed):
@@ -178,7 +186,7 @@ def test_a_record_that_was_cut_short_is_made_again(whole: Outcome, tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_the_step_it_came_in_and_stops(whole: Outcome, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_the_step_it_came_in_and_stops(whole: Ended, tmp_path: Path, number: signal.Signals) -> None:
     toy = Toy()
     toy.before_step = at_step(7, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Stopped, match="toy saved at step 8 of 20; run again to go on"):
@@ -189,7 +197,7 @@ def test_a_signal_saves_the_step_it_came_in_and_stops(whole: Outcome, tmp_path: 
     assert_same(resumed, whole)
 
 
-def test_a_signal_in_the_last_step_ends_the_run_as_usual(whole: Outcome, tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_ends_the_run_as_usual(whole: Ended, tmp_path: Path) -> None:
     toy = Toy()
     toy.before_step = at_step(TOTAL - 1, terminate)
     assert_same(run(tmp_path, toy=toy), whole)
@@ -204,14 +212,14 @@ def test_signals_have_their_old_handlers_after_a_run(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_a_finished_run_is_not_run_again(whole: Outcome, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again(whole: Ended, tmp_path: Path) -> None:
     run(tmp_path)
     again = run(tmp_path)
     assert again.used == []
     assert_same(again, whole)
 
 
-def test_a_damaged_newest_state_costs_only_the_steps_behind_it(whole: Outcome, tmp_path: Path) -> None:
+def test_a_damaged_newest_state_costs_only_the_steps_behind_it(whole: Ended, tmp_path: Path) -> None:
     toy = Toy()
     toy.before_step = at_step(10, kill)
     with pytest.raises(Killed):
@@ -250,15 +258,15 @@ def test_a_loss_that_is_not_finite_skips_its_step(tmp_path: Path, caplog: pytest
     assert torch.equal(seen[5], seen[6])
     assert not torch.equal(seen[4], seen[5])
     assert not torch.equal(seen[6], seen[7])
-    assert "toy step skipped" in caplog.text
+    assert "toy step 6 skipped" in caplog.text
 
 
 def test_five_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     toy = Toy()
-    toy.change = lambda step, loss: loss * math.nan if step >= 7 else loss
+    toy.change = lambda step, loss: loss * math.nan if step >= 6 else loss
     with pytest.raises(ModelError, match=f"{MAX_BAD_STEPS} steps in a row were not finite, the last at"):
         run(tmp_path, toy=toy)
-    assert toy.steps == 7 + MAX_BAD_STEPS
+    assert toy.steps == 6 + MAX_BAD_STEPS + 1  # what a step came to is read while the next one is under way
     assert all(value.isfinite().all() for value in toy.state().values())
 
 
@@ -278,14 +286,14 @@ def test_bad_steps_are_counted_across_a_stop(tmp_path: Path) -> None:
     resumed.change = lambda _step, loss: loss * math.nan
     with pytest.raises(ModelError, match="not finite"):
         run(tmp_path, toy=resumed)
-    assert resumed.steps == MAX_BAD_STEPS - 2
+    assert resumed.steps == MAX_BAD_STEPS - 2 + 1
 
 
 def test_a_step_without_a_single_token_is_no_fault(tmp_path: Path) -> None:
     class Silent(Toy):
-        def loss(self, utt_ids: Sequence[str], epoch: int) -> tuple[Tensor, int]:
-            loss, tokens = super().loss(utt_ids, epoch)
-            return (loss * 0, 0) if self.steps == 4 else (loss, tokens)
+        def loss(self, ready: tuple[Sequence[str], int]) -> Outcome:
+            outcome = super().loss(ready)
+            return Outcome(outcome.nll * 0, 0) if self.steps == 4 else outcome
 
     assert all(math.isfinite(float(str(record.get("loss", 0)))) for record in run(tmp_path, toy=Silent()).metrics)
 
@@ -343,6 +351,112 @@ def test_a_finished_run_keeps_its_last_state_alone(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     loop.clean()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{TOTAL:07d}"]
+
+
+def test_a_signal_breaks_a_validation_off_which_the_resumed_run_makes(whole: Ended, tmp_path: Path) -> None:
+    toy = Toy()
+    toy.during_validation = at_step(8, terminate)
+    with pytest.raises(Stopped, match="toy saved at step 8 of 20; run again to go on"):
+        run(tmp_path, toy=toy)
+    assert [one["step"] for one in metrics(tmp_path) if one["kind"] == "valid"] == [4]
+    resumed = run(tmp_path)
+    assert len(resumed.used) == TOTAL - 8
+    assert_same(resumed, whole)
+
+
+def test_a_signal_before_a_due_validation_leaves_it_to_the_resumed_run(whole: Ended, tmp_path: Path) -> None:
+    toy = Toy()
+    toy.before_step = at_step(7, terminate)
+    toy.during_validation = at_step(8, lambda: pytest.fail("validated though it was to stop"))
+    with pytest.raises(Stopped):
+        run(tmp_path, toy=toy)
+    assert_same(run(tmp_path), whole)
+
+
+def test_training_ends_when_validation_has_not_got_better_for_long_enough(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.scores = (0.5, 0.2, 0.4, 0.3, 0.1)
+    options = replace(OPTIONS, patience=2)
+    loop = Loop(toy, options, tmp_path)
+    progress = loop.run()
+    assert (progress.step, progress.best_step, progress.stale) == (16, 8, 2)
+    again = Toy()
+    Loop(again, options, tmp_path).run()
+    assert again.used == []
+    assert torch.equal(again.weight, toy.weight)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("best", (8, 16)), ("last", (16, 20))])
+def test_the_mean_of_some_states_is_taken_where_it_is_no_worse(
+    tmp_path: Path, kind: str, steps: tuple[int, int]
+) -> None:
+    toy = Toy()
+    toy.scores = (0.5, 0.2, 0.4, 0.3, 0.35)
+    seen: dict[int, Tensor] = {}
+    toy.during_validation = lambda step: seen.update({step: toy.weight.detach().clone()})
+    options = replace(OPTIONS, average=2, average_of=kind)
+    worse = Loop(toy, options, tmp_path / "worse").run()
+    assert [step for _, step in worse.kept] == list(steps)
+    assert torch.equal(toy.weight, seen[8])  # the mean has the score of the last validation, 0.35
+    better = Toy()
+    better.scores = (0.5, 0.36, 0.4, 0.36, 0.35)
+    Loop(better, options, tmp_path / "better").run()
+    mean = [load_tensors(path)["weight"] for path in sorted((tmp_path / "better/averaged").glob("*"))]
+    assert len(mean) == 2
+    torch.testing.assert_close(better.weight.detach(), (mean[0] + mean[1]) / 2)
+
+
+def test_a_killed_run_averages_the_same_states(tmp_path: Path) -> None:
+    options = replace(OPTIONS, average=3)
+    undisturbed = run(tmp_path / "whole", options)
+    for _ in range(3):
+        toy = Toy()
+        toy.before_step = at_step(5, kill)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", options, toy)
+    assert_same(run(tmp_path / "killed", options), undisturbed)
+    files = [sorted(path.name for path in (tmp_path / name / "averaged").iterdir()) for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_samples_and_speed_are_shown(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Heard(Toy):
+        def validate(self) -> Validation:
+            return Validation(super().validate().scores, [Sample("u1", "今日は|晴れ", "今日は荒れ")])
+
+        def loss(self, ready: tuple[Sequence[str], int]) -> Outcome:
+            outcome = super().loss(ready)
+            return replace(outcome, audio_s=2.5, positions=40, padded=10)
+
+    records = run(tmp_path, toy=Heard()).metrics
+    assert records[0]["padding"] == 0.25
+    assert records[0]["audio_s"] == 2.5
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    assert {"toy/speed/audio_hours_per_hour", "toy/speed/memory_gib", "toy/train/grad_norm"} <= set(
+        shown.Tags()["scalars"]
+    )
+    (texts, *_) = shown.Tensors("toy/samples/text_summary")
+    assert "今日は\\|晴れ | 今日は荒れ" in texts.tensor_proto.string_val[0].decode()
+
+
+def test_curves_go_to_weights_and_biases_too_where_a_project_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(tmp_path)
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_project_without_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"package wandb is missing; run: pip install -e \.\[wandb\]"):
+        run(tmp_path)
 
 
 def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:
