@@ -26,9 +26,9 @@ UTILISATION = 0.4
 """Part of the peak that training reaches; published LoRA training on one H100 reached 54 % (NeMo AutoModel)."""
 MEMORY_PART = 0.9
 """Part of the memory that may be used; the rest fragments."""
-SAVED_WIDTHS, SAVED_INNER = 10, 4
-"""Tensors of the width and of the inner width that a block keeps for the backward pass: 5.4 MB a token of a
-7B Llama in bfloat16, where 5.3 MB were measured with float32 adapters."""
+SAVED_WIDTHS, SAVED_INNER = 7, 4
+"""Tensors of the width and of the inner width that a block keeps for the backward pass: 4.7 MB a token of a
+7B Llama in bfloat16, where 4.5 MB were measured with adapters that compute in bfloat16."""
 TRAINED_BYTES = 16
 """A trained parameter: float32 weight, gradient, two moments."""
 COPIED_BYTES = 6
@@ -36,7 +36,7 @@ COPIED_BYTES = 6
 NF4_BYTES = 0.53
 """A four-bit weight with its doubly quantized scales (Dettmers 2023, sec. 3)."""
 LOGIT_BYTES = 12
-"""A logit: float32 value, probability, gradient."""
+"""A logit of a head that is trained: float32 value, probability, gradient. Of a frozen one few are there at a time."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 GIB = 2**30
 
@@ -99,18 +99,19 @@ def plan(config: Config, hours: float, gpus: int, gpu_name: str) -> Plan:
     parts = skeleton(config)
     encoder_shape = shape_of(config.encoder.name, config.encoder.revision)
     frame_rate = frames_per_second(encoder_shape)
-    tokens = _tokens_per_s(parts, frame_rate)
+    tokens = _tokens_per_s(config, parts, frame_rate)
     encoder_flops = _encoder_flops(parts.encoder, frame_rate)
     flops = _lm_flops(config, parts) * tokens + _head_flops(config, parts)
     online = encoder_flops * (3 if config.encoder.train else 0)
     fixed = _fixed_bytes(config, parts)
-    per_token = _bytes_per_token(parts, tokens)
+    per_token = _bytes_per_token(config, parts, tokens)
     fitting = int((MEMORY_PART * gpu.memory_gib * GIB - fixed) / per_token)
     speed = gpus * UTILISATION * gpu.flops
     encoder_speed = gpus * UTILISATION * (gpu.float32_flops if config.encoder.dtype == "float32" else gpu.flops)
     seconds = hours * 3600
     train_hours = config.train.epochs * seconds * (flops / speed + online / encoder_speed) / 3600
-    stored = 0.0 if config.encoder.train else seconds * frame_rate * encoder_shape.hidden_size * 2 / 1e9
+    value_bytes = 1 if config.encoder.stored == "int8" else 2
+    stored = 0.0 if config.encoder.train else seconds * frame_rate * encoder_shape.hidden_size * value_bytes / 1e9
     return Plan(
         tokens_per_s=tokens,
         flops_per_s=flops + online,
@@ -126,9 +127,11 @@ def plan(config: Config, hours: float, gpus: int, gpu_name: str) -> Plan:
     )
 
 
-def _tokens_per_s(parts: Skeleton, frame_rate: float) -> float:
+def _tokens_per_s(config: Config, parts: Skeleton, frame_rate: float) -> float:
+    """Return positions a second of sound; the end of the text is not read, and a shared prompt hardly counts."""
+    shared = config.train.packing and config.train.share_prompt
     heard = parts.projector.expected_tokens(round(frame_rate * UTTERANCE_S)) / UTTERANCE_S
-    return heard + TEXT_TOKENS_PER_S + (PROMPT_TOKENS + 1) / UTTERANCE_S
+    return heard + TEXT_TOKENS_PER_S + (0 if shared else PROMPT_TOKENS / UTTERANCE_S)
 
 
 def _linear_weights(module: nn.Module) -> int:
@@ -143,7 +146,8 @@ def _head(parts: Skeleton) -> Any:
 def _lm_flops(config: Config, parts: Skeleton) -> float:
     """Return operations a position: forward and gradient of the activations, and of the weights where trained."""
     blocks = _linear_weights(parts.lm) - _head(parts).weight.numel()
-    return (6.0 if config.lm.train else 4.0) * float(blocks)
+    again = 2.0 if config.train.checkpointing else 0.0
+    return (again + (6.0 if config.lm.train else 4.0)) * float(blocks)
 
 
 def _head_flops(config: Config, parts: Skeleton) -> float:
@@ -175,10 +179,13 @@ def _fixed_bytes(config: Config, parts: Skeleton) -> float:
     return held + TRAINED_BYTES * beside
 
 
-def _bytes_per_token(parts: Skeleton, tokens_per_s: float) -> float:
+def _bytes_per_token(config: Config, parts: Skeleton, tokens_per_s: float) -> float:
     lm: Any = parts.lm
     shape = lm.config
-    block = 2 * (SAVED_WIDTHS * shape.hidden_size + SAVED_INNER * shape.intermediate_size)
+    whole = 2 * (SAVED_WIDTHS * shape.hidden_size + SAVED_INNER * shape.intermediate_size)
+    block = 2 * shape.hidden_size if config.train.checkpointing else whole
+    if not config.lm.train:
+        return float(block * shape.num_hidden_layers)
     labels = (TEXT_TOKENS_PER_S + 1 / UTTERANCE_S) / tokens_per_s
     return float(block * shape.num_hidden_layers + LOGIT_BYTES * shape.vocab_size * labels)
 

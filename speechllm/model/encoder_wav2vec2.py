@@ -5,7 +5,6 @@ Shapes: b batch, s samples, e encoder frames, h encoder width.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from speechllm.model.encoder import (
     pretrained,
     without_pretraining,
 )
+from speechllm.model.wavlm_attention import replace_attention
 
 if TYPE_CHECKING:
     from speechllm.config.schema import EncoderConfig
@@ -39,6 +39,8 @@ class Wav2Vec2Frames(Frames):
         without_pretraining(model)
         sizes = model.config.to_dict()  # data2vec's lacks two of the fields
         cut_layers(config, model.encoder)
+        if sizes["model_type"] == "wavlm":
+            replace_attention(model.encoder)
         self.module, self.width = model, sizes["hidden_size"]
         self.kernels, self.strides = sizes["conv_kernel"], sizes["conv_stride"]
         self.min_samples = lengths.shortest_input(self.kernels, self.strides)
@@ -56,10 +58,7 @@ class Wav2Vec2Frames(Frames):
         mask_bs = None
         if not self.equal_lengths_only:
             mask_bs = padding_mask([len(wave) for wave in waves_s], wave_bs.device).long()
-        with warnings.catch_warnings():
-            # transformers' WavLM hands torch a boolean and a float mask together; torch converts one and warns
-            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask", category=UserWarning)
-            hidden_beh: Tensor = self.module(wave_bs, attention_mask=mask_bs).last_hidden_state
+        hidden_beh: Tensor = self.module(wave_bs, attention_mask=mask_bs).last_hidden_state
         return hidden_beh
 
     def _normalized(self, wave_s: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Draws dev CER against steps and minutes of training for one or more experiments.
+"""Draws dev CER against the minutes of training that were measured, for one or more experiments.
 
-Usage: plot_curve.py --seconds-a-step S --out curve.png NAME=EXP_DIR [NAME=EXP_DIR ...]
+Usage: plot_curve.py --out curve.png NAME=EXP_DIR [NAME=EXP_DIR ...]
+With --seconds-a-step S against steps, and minutes at S seconds a step above: for runs that were disturbed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from speechllm.errors import DataError, exit_status
 mpl.use("Agg")
 
 
-def curve(exp: Path) -> tuple[list[int], list[float]]:
-    """Return steps and dev CER in per cent at each validation.
+def curve(exp: Path, unit: str) -> tuple[list[float], list[float]]:
+    """Return steps or minutes, as `unit` says, and dev CER in per cent at each validation.
 
     Raises:
         DataError: the experiment has no record of training.
@@ -28,23 +29,25 @@ def curve(exp: Path) -> tuple[list[int], list[float]]:
         raise DataError(path, "no such record", "run stage 3 first")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     points = [record for record in records if record["kind"] == "valid"]
-    return [point["step"] for point in points], [100 * point["cer"] for point in points]
+    return [point[unit] for point in points], [100 * point["cer"] for point in points]
 
 
-def draw(experiments: dict[str, Path], seconds_a_step: float, out: Path) -> None:
-    """Write the picture; the axis above turns steps into minutes."""
+def draw(experiments: dict[str, Path], seconds_a_step: float | None, out: Path) -> None:
+    """Write the picture."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120, layout="constrained")
+    unit = "minutes" if seconds_a_step is None else "step"
     for name, exp in experiments.items():
-        steps, cer_percent = curve(exp)
-        axes.plot(steps, cer_percent, marker="o", label=name)
-        end = (steps[-1], cer_percent[-1])
+        places, cer_percent = curve(exp, unit)
+        axes.plot(places, cer_percent, marker="o", label=name)
+        end = (places[-1], cer_percent[-1])
         axes.annotate(f"{cer_percent[-1]:.1f}", end, textcoords="offset points", xytext=(4, 6))
-    axes.set(xlabel="steps", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
-    above = axes.twiny()
-    above.set_xlim(0, axes.get_xlim()[1] * seconds_a_step / 60)
-    above.set_xlabel(f"minutes at {seconds_a_step:g} s a step")
+    axes.set(xlabel="minutes of training" if seconds_a_step is None else "steps", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
+    if seconds_a_step is not None:
+        above = axes.twiny()
+        above.set_xlim(0, axes.get_xlim()[1] * seconds_a_step / 60)
+        above.set_xlabel(f"minutes at {seconds_a_step:g} s a step")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(out)
@@ -54,7 +57,7 @@ def main() -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds-a-step", type=float, required=True)
+    parser.add_argument("--seconds-a-step", type=float)
     parser.add_argument("experiments", nargs="+", metavar="NAME=EXP_DIR")
     options = parser.parse_args()
     pairs = (item.partition("=") for item in options.experiments)
