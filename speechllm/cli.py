@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, cast
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 # typer keeps its base class of wrong arguments private, and its public BadParameter is one of them
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+MAX_PARTS = 1000
 TYPER_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt before we can see it
 
 ConfOption = Annotated[Path, typer.Option("--conf", help="Configuration file (YAML).")]
@@ -29,6 +31,9 @@ ExpOption = Annotated[Path, typer.Option("--exp", help="Experiment folder.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Kaldi data directory, or a dump of one.")]
 JobsOption = Annotated[int, typer.Option("--nj", min=1, max=256, help="Processes.")]
 ProfileOption = Annotated[str, typer.Option(help="Text profile: default, espnet, reazon, kotoba or raw.")]
+PartOption = Annotated[
+    str | None, typer.Option("--part", metavar="I/N", help="Only the I-th of N parts; a later call puts them together.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a field: key.key=value (repeatable).")]
 
 
@@ -59,11 +64,12 @@ class _Faults(Exception):  # noqa: N818 - carries a message that is already whol
 
 
 @app.command()
-def dump(conf: ConfOption, data: DataOption, out: OutOption, nj: JobsOption = 1) -> None:
+def dump(conf: ConfOption, data: DataOption, out: OutOption, nj: JobsOption = 1, *, part: PartOption = None) -> None:
     """Write frozen-encoder features of a data directory (stage 2)."""
     from speechllm import stages
 
-    print(f"{out}: {stages.dump(conf, data, out, nj)} utterances")
+    count = stages.dump(conf, data, out, nj, _part(part))
+    print(f"{out}: {count} utterances" + ("" if part is None else f" in part {part}"))
 
 
 @app.command()
@@ -93,13 +99,15 @@ def decode(
     *,
     beam: Annotated[int | None, typer.Option(min=1, max=64, help="Hypotheses kept; 1 is greedy.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Utterances at a time.")] = None,
+    part: PartOption = None,
 ) -> None:
     """Write the texts of a data directory or a dump with a trained model (stage 4)."""
     from speechllm import stages
 
     given = {"beam": beam, "batch_size": batch_size}
-    stages.decode(exp, data, out, {key: value for key, value in given.items() if value is not None})
-    print(f"{out}/text")
+    chosen = _part(part)
+    stages.decode(exp, data, out, {key: value for key, value in given.items() if value is not None}, chosen)
+    print(f"{out}/text" if chosen is None else f"{out}: part {part}")
 
 
 @app.command()
@@ -232,6 +240,59 @@ def trace(
     print(run(utt_id, exp, data), end="")
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="train or dump.")],
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Less data and one round: under a minute.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+    size: Annotated[str | None, typer.Option(help="Size of the models: docs/benchmarks.md lists them.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Budgets to look closer at: 4096,8192 (train).")] = None,
+) -> None:
+    """Time ours against what others do, in one run, after checking that all give the same results."""
+    from speechllm.bench import common
+    from speechllm.bench import run as benches
+
+    try:
+        found = benches.run(name, common.Options(quick, size, benches.budgets(tokens)))
+    except common.Unequal as unequal:
+        raise typer.Exit(_fail(f"bench: {unequal}", EXIT_OURS)) from unequal
+    if json_file is not None:
+        write_json(json_file, found.record())
+    print(found.as_text(), end="")
+
+
+@app.command()
+def slurm(
+    ctx: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="dump, train, decode or baseline with its options, after --.")],
+    *,
+    conf: Annotated[Path, typer.Option("--conf", help="What the cluster is asked for (YAML).")] = Path("slurm.yaml"),
+) -> None:
+    """Run a command of stages 2 to 4 as Slurm jobs, and wait for them (docs/cluster.md)."""
+    from speechllm.slurm import run as jobs
+
+    jobs.check_kind(command[0])
+    wanted = typer.main.get_command(app).get_command(ctx, command[0])  # type: ignore[attr-defined] # it is a group
+    order = jobs.order(command, wanted.make_context(command[0], command[1:]).params)  # a wrong option is seen now
+    status = jobs.run(order, conf)
+    if status:
+        raise typer.Exit(status)
+    print(order.out)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """Return number and count of ``I/N``; None where no part was asked for."""
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not (slash and number.isascii() and count.isascii() and number.isdecimal() and count.isdecimal()):
+        raise ConfigError("--part", f"'{text}' is not I/N", "write it as 1/4")
+    if not 1 <= int(number) <= int(count) <= MAX_PARTS:
+        raise ConfigError("--part", f"there is no part {text}", f"take I from 1 to N, and N at most {MAX_PARTS}")
+    return int(number), int(count)
+
+
 def main() -> None:
     """Run the command line and exit with the status that other programs rely on."""
     sys.exit(run(sys.argv[1:]))
@@ -251,8 +312,10 @@ def run(arguments: list[str]) -> int:
         return _stop(str(stopped))
     except OSError as error:
         theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         where, what = error.filename or "system", error.strerror or str(error)
-        return _fail(f"{where}: {what}; mend it and run again", EXIT_USER if theirs else EXIT_OURS)
+        fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
+        return _fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)
     if status == TYPER_INTERRUPTED:
         return _stop("")
     started = status if isinstance(status, int) else 0  # of processes that a command started

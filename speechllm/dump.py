@@ -1,18 +1,26 @@
-"""Stage 2: frozen-encoder features of a data directory, in shards that a killed run need not make again."""
+"""Stage 2: frozen-encoder features of a data directory, in shards that a killed run need not make again.
+
+Each shard is an archive (`data.archive`) and a mark beside it, written last, which says that it is whole: the SHA-256
+of the archive, its size and time, and the frames and checksum of every utterance.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
+import functools
+import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import as_completed
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from speechllm.data import archive, kaldi
@@ -29,24 +37,29 @@ from speechllm.runtime import (
     sha256,
     worker_pool,
     write_json,
-    write_text,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    import torch
 
     from speechllm.config.schema import EncoderConfig
+    from speechllm.model.encoder import SpeechEncoder
 
 log = logging.getLogger(__name__)
 
 UTTS_PER_SHARD = 256
 MAX_WORKERS = 256
-BATCH_SECONDS = {"cpu": 12.0, "cuda": 400.0}
+SHARDS_TOGETHER = 8  # that a process with a GPU makes in one go, so that the GPU has its next batch at any time
 COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2group", "wav.scp", "segments")
 MARK = "dump.json"
+PARTS = ".parts"
+BEGIN_WAIT_S = 30.0  # for other parts to note what the folder is made from
+
+Part = tuple[int, int]
+"""Which part of the shards, counted from 0, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Shard:
     fingerprint: str
     encoder: EncoderConfig
     device: str
-    threads: int
+    threads: int = 1
 
     @property
     def ark(self) -> Path:
@@ -67,27 +80,48 @@ class Shard:
         return self.out / f"feats.{self.number:04d}.ark"
 
     @property
+    def keys(self) -> set[str]:
+        """Return the ids of the utterances."""
+        return {utt.utt_id for utt in self.utterances}
+
+    @property
     def mark(self) -> Path:
         """Return the file that says that the archive is whole."""
         return self.out / f"feats.{self.number:04d}.json"
 
 
-def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers: int) -> int:
+def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers: int, part: Part | None = None) -> int:
     """Write the features of `data_dir` to `out` and return the number of utterances.
 
-    Finished shards of an interrupted run are kept. Nothing is done where all is there already.
+    Shards that are whole are kept: those of an interrupted run, and those of a run that was complete. An archive counts
+    as whole while its size and time are those of its mark; where they are others, while its SHA-256 is. One in which a
+    reader found a fault is made again.
+
+    Of a `part` only every n-th shard is made. Several processes may make theirs in one folder at a time; the run
+    without `part` that comes after them makes what is missing and writes the tables.
 
     Raises:
         DataError: the data are at fault, or `out` was made from other data or with another encoder.
     """
     data = kaldi.load(data_dir)
     record = _record(encoder, data)
-    with only_writer(out):
-        if is_made(out / MARK, record):
-            _copy_tables(data, out)
-        else:
-            _dump(encoder, device, data, out, record, workers)
-    return len(data)
+    with _only_writer(out, part):
+        complete = is_made(out / MARK, record)
+        shards = _shards(encoder, device, data, out, record)
+        mine = shards if part is None else shards[part[0] :: part[1]]
+        waiting = _not_whole(mine, workers)
+        if waiting or (part is None and not complete):
+            _begin(out, record, part)
+            complete = False
+        log.info("dump utts=%d shards=%d done=%d", len(data), len(mine), len(mine) - len(waiting))
+        _write_all(waiting, workers)
+        if part is None:
+            _merge(data, out, shards, new=not complete)
+        if part is None and not complete:
+            found = hub.resolve(encoder.name, encoder.revision)
+            write_json(out / "provenance.json", provenance({"encoder": found.record()}))
+            finish(out / MARK)
+    return sum(len(shard.utterances) for shard in mine)
 
 
 def _record(encoder: EncoderConfig, data: kaldi.DataDir) -> dict[str, object]:
@@ -99,132 +133,219 @@ def _record(encoder: EncoderConfig, data: kaldi.DataDir) -> dict[str, object]:
     return {
         **identity(encoder, found.fingerprint),
         "encoder": found.name,
-        "stored": "float16",
         "data": kaldi.audio_hash(data),
         "utts_per_shard": UTTS_PER_SHARD,
     }
 
 
-def _dump(
-    encoder: EncoderConfig,
-    device: str,
-    data: kaldi.DataDir,
-    out: Path,
-    record: dict[str, object],
-    workers: int,
-) -> None:
-    begin(out / MARK, record)
+@contextlib.contextmanager
+def _only_writer(out: Path, part: Part | None) -> Iterator[None]:
+    """Hold the lock of a part of the shards, or those of the folder and of every part.
+
+    Raises:
+        DataError: another process holds one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        if part is None:
+            stack.enter_context(only_writer(out))
+            for folder in sorted((out / PARTS).glob("*")):
+                stack.enter_context(only_writer(folder))
+        else:
+            stack.enter_context(only_writer(out / PARTS / f"{part[0] + 1}-of-{part[1]}"))
+        yield
+
+
+def _begin(out: Path, record: Mapping[str, object], part: Part | None) -> None:
+    """Note what the folder is being made from.
+
+    Raises:
+        DataError: parts are to be made, and the folder or another division of it is being written already.
+    """
+    if part is None:
+        begin(out / MARK, record)
+        return
+    try:
+        with FileLock(out / ".lock", timeout=BEGIN_WAIT_S):  # the folder's own, which other parts hold but briefly
+            for folder in (out / PARTS).glob("*"):
+                if not folder.name.endswith(f"-of-{part[1]}"):
+                    with only_writer(folder):
+                        pass
+            begin(out / MARK, record)
+    except Timeout as error:
+        raise DataError(out, "another process is writing here", "wait for it to end") from error
+
+
+def _shards(
+    encoder: EncoderConfig, device: str, data: kaldi.DataDir, out: Path, record: Mapping[str, object]
+) -> list[Shard]:
     utterances = list(data.utterances.values())
     count = max(1, math.ceil(len(utterances) / UTTS_PER_SHARD))
-    workers = max(1, min(workers, count, _most_workers(device)))
-    threads = max(1, (os.cpu_count() or 1) // workers)
     fingerprint = hash_texts([json.dumps(record, sort_keys=True)])
-    shards = [Shard(n, tuple(utterances[n::count]), out, fingerprint, encoder, device, threads) for n in range(count)]
-    waiting = [shard for shard in shards if not _shard_done(shard)]
-    log.info(
-        "dump utts=%d shards=%d done=%d workers=%d",
-        len(utterances),
-        count,
-        count - len(waiting),
-        workers,
-    )
-    total = sum(len(shard.utterances) for shard in waiting)
-    with (
-        worker_pool(workers) as pool,
-        tqdm(total=total, desc=f"features {out.name}", unit="utt", disable=None) as progress,
-    ):
-        for done in as_completed([pool.submit(_write_shard, shard) for shard in waiting]):
-            progress.update(done.result())
-    _merge(data, out, shards)
-    write_json(out / "provenance.json", provenance({"encoder": hub.resolve(encoder.name, encoder.revision).record()}))
-    finish(out / MARK)
+    return [Shard(n, tuple(utterances[n::count]), out, fingerprint, encoder, device) for n in range(count)]
 
 
-def _most_workers(device: str) -> int:
-    """Return one process a GPU, where there is one: each holds an encoder and a large batch."""
-    import torch
+def _not_whole(shards: Sequence[Shard], workers: int) -> list[Shard]:
+    """Return the shards that are to be made; a bar shows where their archives must be read for that."""
+    with ThreadPoolExecutor(workers) as pool:
+        checked = pool.map(_is_whole, shards)
+        whole = list(tqdm(checked, "checking", len(shards), unit="shard", delay=5, leave=False, disable=None))
+    return [shard for shard, is_whole in zip(shards, whole, strict=True) if not is_whole]
 
-    return torch.cuda.device_count() if pick_device(device).type == "cuda" else MAX_WORKERS
 
-
-def _shard_done(shard: Shard) -> bool:
-    if not (shard.mark.exists() and shard.ark.exists() and shard.ark.with_suffix(".scp").exists()):
+def _is_whole(shard: Shard) -> bool:
+    """Return whether the archive is the one that was written; its mark is brought up to date where it is."""
+    scp = shard.ark.with_suffix(".scp")
+    if archive.suspect(shard.ark).exists() or not (shard.mark.exists() and shard.ark.exists() and scp.exists()):
         return False
     try:
         mark = read_json(shard.mark)
-    except ModelError:
+        if mark.get("fingerprint") != shard.fingerprint or archive.places(scp).keys() != shard.keys:
+            return False
+        if mark.get("seen") == _seen(shard.ark):
+            return True
+        if mark.get("sha256") != sha256(shard.ark):
+            return False
+        crcs = archive.checksums(shard.ark)
+    except (ModelError, DataError):
         return False
-    return mark.get("fingerprint") == shard.fingerprint and mark.get("sha256") == sha256(shard.ark)
+    write_json(shard.mark, {**mark, "crc32": crcs, "seen": _seen(shard.ark)})  # a copy, or of before there were CRCs
+    return True
 
 
-def _write_shard(shard: Shard) -> int:
-    """Encode one shard into a temporary archive, rename it, and write its mark last."""
+def _seen(ark: Path) -> dict[str, int]:
+    """Return what of a file changes when it is written to, without reading it."""
+    status = ark.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _write_all(shards: Sequence[Shard], workers: int) -> None:
+    """Make shards, in as many processes as there are, as were asked for, and as the device takes."""
+    if not shards:
+        return
+    on_gpu = pick_device(shards[0].device).type == "cuda"
+    workers = max(1, min(workers, len(shards), _gpus(shards[0].device) if on_gpu else MAX_WORKERS))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    together = min(SHARDS_TOGETHER, math.ceil(len(shards) / workers)) if on_gpu else 1
+    jobs = [
+        [replace(shard, threads=threads) for shard in shards[at : at + together]]
+        for at in range(0, len(shards), together)
+    ]
+    total = sum(len(shard.utterances) for shard in shards)
+    with (
+        worker_pool(workers) as pool,
+        tqdm(total=total, desc=f"features {shards[0].out.name}", unit="utt", disable=None) as progress,
+    ):
+        for done in as_completed([pool.submit(_write_shards, job) for job in jobs]):
+            progress.update(done.result())
+
+
+def _gpus(device: str) -> int:
+    """Return how many GPUs a name such as ``cuda``, ``cuda:1`` or ``auto`` means, where it means any."""
     import torch
 
-    from speechllm.model.encoder import load_encoder, read_for
+    return 1 if ":" in device else torch.cuda.device_count()
 
-    torch.set_num_threads(shard.threads)
-    device = pick_device(shard.device)
-    encoder = load_encoder(shard.encoder, hub.resolve(shard.encoder.name, shard.encoder.revision), device)
+
+def _write_shards(shards: Sequence[Shard]) -> int:
+    """Make shards one after another, and return how many utterances they hold.
+
+    Each is encoded into a temporary archive. While the next one is, that is checked and renamed, and its mark written.
+    """
+    import torch
+
+    from speechllm.model.stream import BATCH_SECONDS, PADDED_S, like_lengths, stream
+
+    first = shards[0]
+    torch.set_num_threads(first.threads)
+    device = _own_device(first.device)
+    encoder = _encoder(first.encoder, hub.resolve(first.encoder.name, first.encoder.revision), device)
+    dtype = torch.float16 if first.encoder.stored == "float16" else torch.float32
+    seconds, least_s = BATCH_SECONDS[device.type], PADDED_S if first.encoder.pad_to_30s else 0.0
+    batches = (batch for shard in shards for batch in like_lengths(shard.utterances, seconds, least_s))
+    with ThreadPoolExecutor(1) as finishing, contextlib.closing(stream(encoder, batches, device, dtype)) as frames:
+        jobs = []
+        for shard in shards:
+            own = itertools.islice(frames, len(shard.utterances))
+            partial = _temporary(shard) / shard.ark.name
+            jobs.append(
+                finishing.submit(_finish, shard, partial, archive.write_archive(partial, own, first.encoder.stored))
+            )
+    for job in jobs:
+        job.result()
+    return sum(len(shard.utterances) for shard in shards)
+
+
+def _temporary(shard: Shard) -> Path:
+    """Return an empty folder for an archive that is not whole yet; those of killed runs go."""
     for left_over in shard.out.glob(f".tmp.{shard.number:04d}.*"):
         shutil.rmtree(left_over, ignore_errors=True)
     temporary = shard.out / f".tmp.{shard.number:04d}.{os.getpid()}"
     temporary.mkdir()
-    partial = temporary / shard.ark.name
+    return temporary
 
-    def encoded() -> Iterator[tuple[str, NDArray[np.float16]]]:
-        for batch in _batches(shard.utterances, BATCH_SECONDS[device.type]):
-            waves = [read_for(encoder, utt) for utt in batch]
-            for utt, wave, matrix in zip(batch, waves, encoder.encode(waves), strict=True):
-                assert len(matrix) == encoder.num_frames(len(wave)), utt.utt_id
-                yield utt.utt_id, _half(matrix.numpy(), utt.utt_id)
 
-    frames = archive.write_archive(partial, encoded())
-    places = partial.with_suffix(".scp").read_text(encoding="utf-8").replace(f"{temporary}/", "")
-    digest = sha256(partial)
+def _finish(shard: Shard, partial: Path, frames: Mapping[str, int]) -> None:
+    """Put an archive that is whole in its place, and write its mark last."""
+    assert frames.keys() == shard.keys
+    made = {"sha256": sha256(partial), "crc32": archive.checksums(partial), "frames": dict(frames)}
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
     partial.replace(shard.ark)
-    write_text(shard.ark.with_suffix(".scp"), places)
-    write_json(shard.mark, {"fingerprint": shard.fingerprint, "sha256": digest, "frames": frames})
-    shutil.rmtree(temporary)
-    return len(shard.utterances)
+    partial.with_suffix(".scp").replace(shard.ark.with_suffix(".scp"))
+    write_json(shard.mark, {"fingerprint": shard.fingerprint, "seen": _seen(shard.ark), **made})
+    archive.suspect(shard.ark).unlink(missing_ok=True)
+    shutil.rmtree(partial.parent)
 
 
-def _batches(utterances: Sequence[kaldi.Utterance], seconds: float) -> Iterator[list[kaldi.Utterance]]:
-    """Yield utterances of like length together, up to so many seconds of sound."""
-    batch: list[kaldi.Utterance] = []
-    longest_s = 0.0
-    for utt in sorted(utterances, key=lambda utt: (utt.duration_s(), utt.utt_id)):
-        longest_s = max(longest_s, utt.duration_s())
-        if batch and longest_s * (len(batch) + 1) > seconds:
-            yield batch
-            batch, longest_s = [], utt.duration_s()
-        batch.append(utt)
-    if batch:
-        yield batch
+def _own_device(name: str) -> torch.device:
+    """Return the device of this process: the processes of a pool take the GPUs in turn."""
+    import torch
+
+    device = pick_device(name)
+    if device.type != "cuda" or ":" in name:
+        return device
+    return torch.device("cuda", _turn(multiprocessing.current_process().name) % torch.cuda.device_count())
 
 
-def _half(matrix_eh: NDArray[np.float32], utt_id: str) -> NDArray[np.float16]:
-    """Return the features in float16; a value that does not fit is an error, not an infinity."""
-    with np.errstate(over="ignore"):
-        half = matrix_eh.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise DataError(utt_id, "has features that float16 cannot hold", "take the utterance out")
-    return half
+def _turn(process_name: str) -> int:
+    """Return which process of the pool this is: they are called SpawnProcess-1, SpawnProcess-2 and so on."""
+    number = process_name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
-def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard]) -> None:
+@functools.lru_cache(maxsize=1)
+def _encoder(config: EncoderConfig, found: hub.Resolved, device: torch.device) -> SpeechEncoder:
+    """Return the encoder, which a process loads once for all its shards."""
+    from speechllm.model.encoder import load_encoder
+
+    return load_encoder(config, found, device)
+
+
+def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard], *, new: bool) -> None:
+    """Write the tables of the folder, those of a folder that was complete only where they are not as they should be."""
     places: dict[str, str] = {}
     frames: dict[str, str] = {}
+    crcs: dict[str, str] = {}
     for shard in shards:
         places |= kaldi.read_table(shard.ark.with_suffix(".scp"))
-        counts = read_json(shard.mark)["frames"]
-        assert isinstance(counts, dict)
-        frames |= {key: str(value) for key, value in counts.items()}
+        for table, name in ((frames, "frames"), (crcs, "crc32")):
+            values = read_json(shard.mark)[name]
+            assert isinstance(values, dict)
+            table |= {key: str(value) for key, value in values.items()}
     assert places.keys() == data.utterances.keys()
     _copy_tables(data, out)
-    kaldi.write_table(out / "utt2dur", {key: f"{utt.duration_s():.4f}" for key, utt in data.utterances.items()})
-    kaldi.write_table(out / "utt2num_frames", frames)
-    kaldi.write_table(out / "feats.scp", places)
+    if new or not (out / "utt2dur").is_file():
+        kaldi.write_table(out / "utt2dur", {key: f"{utt.duration_s():.4f}" for key, utt in data.utterances.items()})
+    _put_table(out / "utt2num_frames", frames)
+    _put_table(out / "utt2crc", crcs)
+    _put_table(out / "feats.scp", places)
+
+
+def _put_table(path: Path, table: Mapping[str, str]) -> None:
+    with contextlib.suppress(DataError):
+        if kaldi.read_table(path) == table:
+            return
+    kaldi.write_table(path, table)
 
 
 def _copy_tables(data: kaldi.DataDir, out: Path) -> None:

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from speechllm.train.tasks import Features
 
 
-def dump(conf: Path, data_dir: Path, out: Path, workers: int) -> int:
-    """Stage 2: write frozen-encoder features and return the number of utterances."""
+def dump(conf: Path, data_dir: Path, out: Path, workers: int, part: tuple[int, int] | None = None) -> int:
+    """Stage 2: write frozen-encoder features, or a part of their shards; return the number of utterances."""
     from speechllm.dump import dump as run
 
     config = configs.load(conf)
-    return run(config.encoder, config.device, data_dir, out, workers)
+    own = None if part is None else (part[0] - 1, part[1])
+    return run(config.encoder, config.device, data_dir, out, workers, own)
 
 
 def train(conf: Path, train_dir: Path, valid_dir: Path, exp: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -51,11 +52,13 @@ def _decode_valid(model: SpeechLlm, features: Features, utt_ids: Sequence[str]) 
     return {utt_id: nbest[0].text for batch in batches for utt_id, nbest in batch.items()}
 
 
-def decode(exp: Path, data_dir: Path, out: Path, changes: Mapping[str, object]) -> int:
-    """Stage 4: write the texts of `data_dir` and return the number of utterances decoded now."""
+def decode(
+    exp: Path, data_dir: Path, out: Path, changes: Mapping[str, object], part: tuple[int, int] | None = None
+) -> int:
+    """Stage 4: write the texts of `data_dir`, or of a part of it; return the number of utterances decoded now."""
     from speechllm.decode.run import decode_dir
 
-    return decode_dir(exp / "model", data_dir, out, changes)
+    return decode_dir(exp / "model", data_dir, out, changes, part)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from speechllm.data.archive import Store
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import DataError
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -50,7 +49,7 @@ class FeatureSet:
 
     def frames(self, utt_id: str) -> NDArray[np.float32]:
         """Return the features [e h] of an utterance."""
-        return self.store.read(utt_id).astype(np.float32)
+        return self.store.read(utt_id)
 
     def frames_of(self, utt_ids: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return the features [e h] of several utterances."""

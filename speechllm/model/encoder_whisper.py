@@ -1,12 +1,13 @@
 """Whisper's encoder (Radford 2022), on the true length or padded to 30 s as it was trained.
 
-Shapes: b batch, f feature frames, m mel bins, e encoder frames, h encoder width.
+Shapes: b batch, s samples, k frequencies, f feature frames, m mel bins, e encoder frames, h encoder width.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from speechllm.model.encoder import Waves
     from speechllm.model.hub import Resolved
 
+QUIETEST = 1e-10  # power of a mel bin below which it counts as this
+DYNAMIC_RANGE = 8.0  # in powers of ten: 80 dB
+
 
 class WhisperFrames(Frames):
     """The encoder half of a checkpoint."""
@@ -30,7 +34,10 @@ class WhisperFrames(Frames):
         from transformers import WhisperFeatureExtractor, WhisperModel
 
         input_settings(found)
-        self.features = WhisperFeatureExtractor.from_pretrained(found.folder)
+        features = WhisperFeatureExtractor.from_pretrained(found.folder)
+        self.longest_samples: int = features.n_samples
+        self.window = torch.hann_window(features.n_fft)
+        self.filters_mk = torch.from_numpy(features.mel_filters.T).float().contiguous()
         encoder = pretrained(WhisperModel, found, part="encoder.").get_encoder()
         cut_layers(config, encoder)
         self.module, self.width = encoder, encoder.config.d_model
@@ -40,19 +47,18 @@ class WhisperFrames(Frames):
         """Return encoder frames of `num_samples`: 50 a second."""
         return lengths.whisper_encoder_frames(lengths.whisper_mel_frames(num_samples))
 
-    def _mels(self, waves_s: Waves) -> list[Tensor]:
-        """Return log-mel features [f m] of each wave, its own maximum as reference."""
-        padding = "max_length" if self.pad_to_30s else False
-        made = [
-            self.features(wave, sampling_rate=SAMPLE_RATE_HZ, padding=padding, return_tensors="np") for wave in waves_s
-        ]
-        return [torch.from_numpy(one["input_features"][0]).T for one in made]
+    def _mels(self, waves_s: Waves) -> tuple[Tensor, list[int]]:
+        """Return log-mel features [b m f], zeros behind each row's end, and the true frames of each row."""
+        if self.pad_to_30s:
+            waves_s = [np.pad(wave, (0, self.longest_samples - len(wave))) for wave in waves_s]
+        device = next(self.module.parameters()).device
+        self.window, self.filters_mk = self.window.to(device), self.filters_mk.to(device)
+        return log_mels(waves_s, self.window, self.filters_mk)
 
     def _hidden(self, waves_s: Waves) -> Tensor:
         encoder: Any = self.module
-        mels_fm = self._mels(waves_s)
-        mel_bmf = self._placed(nn.utils.rnn.pad_sequence(mels_fm, batch_first=True).transpose(1, 2))
-        mels_b = [len(mel) for mel in mels_fm]
+        mel_bmf, mels_b = self._mels(waves_s)
+        mel_bmf = self._placed(mel_bmf)
         # the second convolution must see zeros past the end, as it does for an utterance alone
         inside_bf = padding_mask(mels_b, mel_bmf.device)[:, None]
         hidden_bhf = nn.functional.gelu(encoder.conv1(mel_bmf)) * inside_bf
@@ -63,6 +69,30 @@ class WhisperFrames(Frames):
             hidden_beh = layer(hidden_beh, mask)
         normed_beh: Tensor = encoder.layer_norm(hidden_beh)
         return normed_beh
+
+
+def log_mels(waves_s: Waves, window: Tensor, filters_mk: Tensor) -> tuple[Tensor, list[int]]:
+    """Return log-mel features [b m f] as Whisper reads them, zeros behind each row's end, and each row's frames.
+
+    Each wave is mirrored at its own ends, and what lies 80 dB below its own loudest bin is raised to that, so that its
+    features do not depend on its neighbours (Radford 2022, sec. 2.2, and the code published with it).
+    """
+    edge = len(window) // 2
+    mirrored_s = [torch.from_numpy(np.pad(wave, edge, mode="reflect")) for wave in waves_s]
+    wave_bs = nn.utils.rnn.pad_sequence(mirrored_s, batch_first=True)
+    if window.is_cuda:
+        wave_bs = wave_bs.pin_memory()
+    wave_bs = wave_bs.to(window.device, non_blocking=True)
+    frames_b = [lengths.whisper_mel_frames(len(wave)) for wave in waves_s]
+    spectrum_bkf = torch.stft(
+        wave_bs, len(window), lengths.WHISPER_HOP, window=window, center=False, return_complex=True
+    )[..., : max(frames_b)]
+    power_bkf = spectrum_bkf.real.square() + spectrum_bkf.imag.square()
+    log_bmf = (filters_mk @ power_bkf).clamp(min=QUIETEST).log10()
+    inside_b1f = padding_mask(frames_b, window.device)[:, None]
+    loudest_b11 = log_bmf.masked_fill(~inside_b1f, -torch.inf).amax(dim=(1, 2), keepdim=True)
+    log_bmf = torch.maximum(log_bmf, loudest_b11 - DYNAMIC_RANGE)
+    return ((log_bmf + 4) / 4).masked_fill(~inside_b1f, 0), frames_b
 
 
 def _attention_mask(frames_b: list[int], hidden_beh: Tensor) -> Tensor | None:

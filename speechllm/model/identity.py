@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 def identity(encoder: EncoderConfig, fingerprint: str) -> dict[str, object]:
-    """Return the encoder's weights, layer, padding and precision."""
+    """Return the encoder's weights, layer, padding and precision, and how its frames are stored."""
     return {
         "encoder_fingerprint": fingerprint,
         "encoder_revision": encoder.revision,
         "layer": encoder.layer,
         "pad_to_30s": encoder.pad_to_30s,
         "dtype": encoder.dtype,
+        "stored": encoder.stored,
     }
 
 
@@ -32,14 +33,20 @@ def dump_record(folder: Path) -> dict[str, object]:
     return record
 
 
-def check_dump(folder: Path, encoder: EncoderConfig, fingerprint: str | None = None) -> dict[str, object]:
+def check_dump(
+    folder: Path, encoder: EncoderConfig, fingerprint: str | None = None, *, any_store: bool = False
+) -> dict[str, object]:
     """Return the record of a dump that fits `encoder`; `fingerprint` names the weights where they are known.
 
+    `any_store` takes frames of the same encoder however they are stored: a model may read what it was not trained on.
+
     Raises:
-        ConfigError: it was made with another encoder, layer, padding or precision.
+        ConfigError: it was made with another encoder, layer, padding or precision, or is stored otherwise.
     """
     record = dump_record(folder)
     wanted = identity(encoder, fingerprint or str(record["encoder_fingerprint"])) | {"encoder": encoder.name}
+    if any_store:
+        del wanted["stored"]
     for key, value in wanted.items():
         if record.get(key) != value:
             what = f"was dumped with {key} = {record.get(key)}, the model wants {value}"

@@ -26,11 +26,15 @@ def _frames(length: int = 30, width: int = 16) -> NDArray[np.float32]:
     return np.random.default_rng(9).standard_normal((length, width), dtype=np.float32) + 3
 
 
-def _dump(folder: Path, texts: dict[str, str], durations: dict[str, str] | None = None) -> Path:
+def _dump(
+    folder: Path,
+    texts: dict[str, str],
+    durations: dict[str, str] | None = None,
+    stored: archive.Stored = "float16",
+) -> Path:
     matrices = {key: np.full((at + 2, 3), at, np.float16) for at, key in enumerate(("u1", "u2", "あ"))}
-    frames = archive.write_archive(folder / "feats.ark", iter(matrices.items()))
-    places = (folder / "feats.scp").read_text(encoding="utf-8").replace(f"{folder}/", "")
-    (folder / "feats.scp").write_text(places, encoding="utf-8")
+    frames = archive.write_archive(folder / "feats.ark", iter(matrices.items()), stored)
+    kaldi.write_table(folder / "utt2crc", archive.checksums(folder / "feats.ark"))
     kaldi.write_table(folder / "utt2num_frames", {key: str(count) for key, count in frames.items()})
     kaldi.write_table(folder / "text", texts)
     kaldi.write_table(folder / "utt2dur", {"u1": "0.05", "u2": "0.07", "あ": "0.09", **(durations or {})})
@@ -46,6 +50,15 @@ def test_examples_are_joined_by_id_in_byte_order(tmp_path: Path) -> None:
     ]
     assert features.frames("あ").dtype == np.float32
     assert np.array_equal(features.frames("u2"), np.full((3, 3), 1.0))
+
+
+def test_frames_are_the_same_however_they_are_stored(tmp_path: Path) -> None:
+    texts = {"あ": "傘を忘れた。", "u2": "窓を開ける。", "u1": "鍵を探す。"}
+    for stored in ("float16", "int8"):
+        features = FeatureSet(_dump(tmp_path, texts, stored=stored))
+        for at, frames in enumerate(features.frames_of(["u1", "u2", "あ"])):
+            assert frames.dtype == np.float32
+            np.testing.assert_allclose(frames, np.full((at + 2, 3), at), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ Usage: ./run.sh [OPTIONS]
   --ngpu N           GPUs to train on, at most train.accumulate of the configuration; 0 for the CPU even where
                      there is a GPU (default: 1, where there is one)
   --beam N           hypotheses kept while decoding (default: as configured)
-  --launcher NAME    local
+  --launcher NAME    local, or slurm: stages 2 to 4 run as jobs of the cluster that slurm.yaml beside run.sh describes, or
+                     egs/TEMPLATE/asr1/slurm.yaml where there is none (docs/cluster.md)
   --exp NAME         name of the experiment (default: the configuration's)
   --seed N           seed in place of the configured one; the experiment is then CONF_seedN
   --baseline N:CKPT  this system alone, nothing of ours: whisper, nue-asr, reazonspeech-espnet or reazonspeech-nemo
@@ -76,7 +77,16 @@ conf=${conf:-$default_conf}
 exp=${exp:-$conf${seed:+_seed$seed}}
 [[ " $confs " == *" $conf "* ]] || fail "no configuration $conf" "choose one of: $confs"
 [[ $exp =~ ^[A-Za-z0-9_-][A-Za-z0-9._-]*$ ]] || fail "--exp '$exp' is no plain name" "use letters, digits, '.', '_', '-'"
-[[ $launcher == local ]] || fail "no launcher $launcher" "use local"
+case $launcher in
+  local) engine=(speechllm) ;;
+  slurm)
+    ((ngpu <= 1)) || fail "--ngpu goes with --launcher local" "set gpus of train in slurm.yaml"
+    cluster=slurm.yaml
+    [[ -f $cluster ]] || cluster=$top/egs/TEMPLATE/asr1/slurm.yaml
+    engine=(speechllm slurm --conf "$cluster" --)
+    ;;
+  *) fail "no launcher $launcher" "use local or slurm" ;;
+esac
 [[ -z $beam ]] || ((beam > 0)) || fail "--beam must be at least 1" "see --help"
 ((nj > 0)) || fail "--nj must be at least 1" "see --help"
 ((1 <= stage && stage <= ${#stage_names[@]} && 1 <= stop_stage && stop_stage <= ${#stage_names[@]})) || fail "stages go from 1 to ${#stage_names[@]}" "see --list"
@@ -142,24 +152,24 @@ stage_dump() {
   if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
   if [[ $dump == data ]]; then echo "nothing to store: the encoder reads the sounds in every step"; return; fi
   for set in "${sets[@]}"; do
-    go speechllm dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
+    go "${engine[@]}" dump --conf "$yaml" --data "data/$set" --out "$dump/$set" --nj "$nj"
   done
 }
 
 stage_train() {
   if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
-  go speechllm train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp" \
+  go "${engine[@]}" train --conf "$yaml" --train "$dump/$train_set" --valid "$dump/$valid_set" --exp "exp/$exp" \
     "${train_options[@]}"
 }
 
 stage_decode() {
   if [[ -z $baseline_alone ]]; then
-    go speechllm decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded" "${decode_options[@]}"
+    go "${engine[@]}" decode --exp "exp/$exp" --data "$dump/$eval_set" --out "exp/$exp/$decoded" "${decode_options[@]}"
   fi
   local name model
   for entry in "${baselines[@]}"; do
     name=${entry%%:*} model=${entry#*:}
-    go speechllm baseline "$name" --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$baseline"
+    go "${engine[@]}" baseline "$name" --model "$model" --data "data/$eval_set" --out "exp/${model##*/}/$baseline"
   done
 }
 

@@ -43,7 +43,12 @@ def draw(experiments: dict[str, Path], seconds_a_step: float | None, out: Path) 
         axes.plot(places, cer_percent, marker="o", label=name)
         end = (places[-1], cer_percent[-1])
         axes.annotate(f"{cer_percent[-1]:.1f}", end, textcoords="offset points", xytext=(4, 6))
-    axes.set(xlabel="minutes of training" if seconds_a_step is None else "steps", ylabel="dev CER, per cent", ylim=(0, None), xlim=(0, None))
+    axes.set(
+        xlabel="minutes of training" if seconds_a_step is None else "steps",
+        ylabel="dev CER, per cent",
+        ylim=(0, None),
+        xlim=(0, None),
+    )
     if seconds_a_step is not None:
         above = axes.twiny()
         above.set_xlim(0, axes.get_xlim()[1] * seconds_a_step / 60)
