@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from speechllm.data import audio, kaldi
+from speechllm.data.archive import as_stored
 from speechllm.decode.batched import max_tokens, to_text
 from speechllm.decode.search import search
 from speechllm.errors import DataError
@@ -54,7 +55,7 @@ def trace(utt_id: str, exp: Path, data_dir: Path | None) -> str:
     encoder = model.encoder or encoder_of(config.model_copy(update={"device": "cpu"}), origin)
     frames_eh = encoder.encode([wave_s])[0]
     if model.encoder is None:
-        frames_eh = frames_eh.half().float()  # as the store has them
+        frames_eh = torch.from_numpy(as_stored(frames_eh.numpy(), config.encoder.stored))
     page.add("frames [e h]", _shape(frames_eh), "model.encoder.SpeechEncoder.encode")
     hyp = _trace_model(page, model, config, frames_eh, duration_s)
     _trace_score(page, utt.text, hyp)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from speechllm.config.schema import DecodeConfig
 from speechllm.data import kaldi
+from speechllm.data.archive import as_stored
 from speechllm.data.dataset import FeatureSet
 from speechllm.decode.batched import Text, decode
 from speechllm.errors import ConfigError
@@ -265,8 +266,9 @@ def _from_audio(folder: Path, config: Config, origin: Origin) -> Source:
 
         def fetch(utt_ids: Sequence[str]) -> tuple[Tensor, list[int]]:
             frames = encoder.encode([read_for(encoder, data.utterances[utt_id]) for utt_id in utt_ids])
-            # the store rounds to float16, and so does this: the texts are the same either way
-            return pad_frames(frames if trained else [one.half().float() for one in frames], device)
+            if not trained:  # the store rounds, and so does this: the texts are the same either way
+                frames = [torch.from_numpy(as_stored(one.numpy(), config.encoder.stored)) for one in frames]
+            return pad_frames(frames, device)
 
         return fetch
 

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 WARNING = signal.SIGURG  # sent ahead of the time limit: a process that does not handle it is not ended by it
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, WARNING)
 POLL_S = 0.5
+REPEAT_S = (
+    10.0  # a library may swallow what a signal raises; a command that is saving already takes a second as the first
+)
 LOOK_S = 5.0  # between two looks at how the other tasks ended
 GRACE_S = 60.0  # for this task once another has failed
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that outgoing connections take
@@ -170,13 +173,12 @@ def _told() -> Iterator[list[int]]:
 
 def _wait(process: subprocess.Popen[bytes], told: Sequence[int], folder: Path, place: Place) -> int:
     """Return the status of the command; it is ended where another task has failed and it does not end by itself."""
-    passed_on = False
-    next_look, deadline = time.monotonic() + LOOK_S, float("inf")
+    next_told, next_look, deadline = 0.0, time.monotonic() + LOOK_S, float("inf")
     while (status := process.poll()) is None:
-        if told and not passed_on:
+        if told and time.monotonic() > next_told:
             log.info("slurm stop requested signal=%d job=%s", told[0], place.job)
             process.send_signal(signal.SIGTERM)
-            passed_on = True
+            next_told = time.monotonic() + REPEAT_S
         if place.tasks > 1 and time.monotonic() > next_look:
             next_look = time.monotonic() + LOOK_S
             if deadline == float("inf") and _others_failed(folder, place):

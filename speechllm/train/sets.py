@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from speechllm.data import audio, kaldi
+from speechllm.data.archive import as_stored
 from speechllm.data.batch import like_lengths
 from speechllm.data.dataset import Example, FeatureSet
 from speechllm.errors import ConfigError, DataError
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.config.schema import Config
+    from speechllm.data.archive import Stored
     from speechllm.model.encoder import SpeechEncoder
 
 
 class WaveSet:
     """The examples of a data directory, in byte order of their ids; their frames are made when asked for."""
 
-    def __init__(self, folder: Path, encoder: SpeechEncoder) -> None:
-        """Read the tables and the headers of the sounds.
+    def __init__(self, folder: Path, encoder: SpeechEncoder, stored: Stored) -> None:
+        """Read the tables and the headers of the sounds; `stored` is how a dump would hold their frames.
 
         Raises:
             DataError: a table or a sound is at fault, or a sound is too short or too long for the encoder.
         """
-        self.folder, self.encoder = folder, encoder
+        self.folder, self.encoder, self.stored = folder, encoder, stored
         self.encoding = threading.Lock()
         self.data = kaldi.load(folder)
         texts = self.data.texts()
@@ -62,7 +64,8 @@ class WaveSet:
         with self.encoding:
             for group in like_lengths([len(wave_s) for wave_s in waves_s]):
                 frames = self.encoder.encode([waves_s[index] for index in group])
-                made |= {index: one.half().float().numpy() for index, one in zip(group, frames, strict=True)}
+                stored = (as_stored(one.numpy(), self.stored) for one in frames)
+                made |= dict(zip(group, stored, strict=True))
         return [made[index] for index in range(len(waves_s))]
 
 
@@ -115,7 +118,7 @@ def _open_dumps(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
 def _open_sounds(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
     found = hub.resolve(config.encoder.name, config.encoder.revision)
     encoder = load_encoder(config.encoder, found, pick_device(config.device))
-    train, valid = WaveSet(train_dir, encoder), WaveSet(valid_dir, encoder)
+    train, valid = (WaveSet(folder, encoder, config.encoder.stored) for folder in (train_dir, valid_dir))
     identities = _identity(train, kaldi.audio_hash(train.data)), _identity(valid, kaldi.audio_hash(valid.data))
     return Opened(train, valid, *identities, found.fingerprint, encoder.width, encoder)
 

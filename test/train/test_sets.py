@@ -54,6 +54,21 @@ def test_sounds_give_the_frames_of_a_store(data: Path, config: Config, dumped: P
         np.testing.assert_allclose(frames, stored.frames(key), atol=2e-3)
 
 
+def test_sounds_are_rounded_as_the_configured_store_rounds(
+    tmp_path: Path, data: Path, config: Config, dumped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump, "worker_pool", tiny.HerePool)
+    small = config.model_copy(update={"encoder": config.encoder.model_copy(update={"stored": "int8"})})
+    dump.dump(small.encoder, "cpu", data, tmp_path / "small", 1)
+    opened = open_sets(small, data, data)
+    stored, finer = FeatureSet(tmp_path / "small"), FeatureSet(dumped)
+    for key, frames in zip(LENGTHS, opened.train.frames_of(list(LENGTHS)), strict=True):
+        step = np.abs(frames).max(axis=1, keepdims=True) / 127
+        assert (np.abs(frames - stored.frames(key)) <= 1.01 * step).all()
+        np.testing.assert_allclose(frames / step, np.rint(frames / step), atol=1e-3)  # one byte a value
+        assert not np.allclose(frames, finer.frames(key), atol=2e-3)
+
+
 def test_a_run_from_sounds_leaves_a_model_that_decodes(tmp_path: Path, data: Path, config: Config) -> None:
     configs.dump(config, tmp_path / "conf.yaml")
     stages.train(tmp_path / "conf.yaml", data, data, tmp_path / "exp")
