@@ -107,12 +107,14 @@ def _wandb_run(folder: Path, name: str) -> Any:
     return wandb.init(project=project, dir=str(folder), name=f"{folder.name} {name}", reinit="create_new")
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop records of steps after `step`: the resumed run makes them again."""
+def forget_after(folder: Path, step: int, *, validated: bool = True) -> None:
+    """Drop what the resumed run makes again: records after `step`, and its validation where that is still to come."""
     path = folder / METRICS
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        records = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        last = (step, "valid" if validated else "train")  # "train" < "valid", as they come
+        kept = [line for line, record in records if (record["step"], record["kind"]) <= last]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 

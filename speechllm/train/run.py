@@ -282,6 +282,8 @@ def _train_head(features: Features, projector: CtcBridge, folder: Path, measure:
     if world.is_main:
         write_text(folder / MINUTES, f"{progress.seconds / 60:.2f}\n")
     loop.clean()
+    if loop.stop_requested:  # in its last step, which ended it; the long part of the run is still to come
+        raise Stopped("the CTC head is trained; run again to go on")
 
 
 def _loop_options(config: Config) -> LoopOptions:

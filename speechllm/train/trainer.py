@@ -124,18 +124,18 @@ class Loop(Generic[P]):
     def _resume(self) -> None:
         found = ckpt.load_newest(self.folder / "checkpoints")
         if found is None:
-            self._forget_after(0)  # of a run that was killed before it saved anything
+            self._forget()  # of a run that was killed before it saved anything
             return
         check_keys(self.folder / "checkpoints", found.trainable, self.task.state())
         self.task.load_state(found.trainable)
         self.optimizer.load_state(found.optimizer)
         self.progress = Progress(**found.progress)  # type: ignore[arg-type] # our own JSON, checked by its sum
-        self._forget_after(self.progress.step)
+        self._forget()
         log.info("%s resumed step=%d of=%d", self.task.name, self.progress.step, self.total)
 
-    def _forget_after(self, step: int) -> None:
+    def _forget(self) -> None:
         if self.world.is_main:
-            forget_after(self.folder, step)
+            forget_after(self.folder, self.progress.step, validated=not self.progress.unvalidated)
 
     def run(self) -> Progress:
         """Train to the end, load the best state into the task, and return where that was.
