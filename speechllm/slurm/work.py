@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 WARNING = signal.SIGURG  # sent ahead of the time limit: a process that does not handle it is not ended by it
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, WARNING)
 POLL_S = 0.5
-REPEAT_S = (
-    10.0  # a library may swallow what a signal raises; a command that is saving already takes a second as the first
-)
+REPEAT_S = 10.0  # a library may swallow what a signal raises; a command that is saving may well be told twice
+LOOK_S = 5.0  # between two looks at how the other tasks ended
+GRACE_S = 60.0  # for this task once another has failed
 LOOK_S = 5.0  # between two looks at how the other tasks ended
 GRACE_S = 60.0  # for this task once another has failed
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that outgoing connections take

@@ -133,6 +133,16 @@ def test_a_signal_lets_the_command_save_and_the_job_is_queued_again(
     assert calls(cluster)[-1] == "scontrol requeue 12"
 
 
+def test_a_command_that_misses_the_first_signal_is_told_again(
+    program: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speechllm.slurm.work.REPEAT_S", 0.2)
+    logs = program(TELLS.replace("exit 75", "((n++ == 2)) && exit 75"))
+    _signal_soon(signal.SIGURG, tmp_path / "program.ready")
+    assert _work(logs) == 0
+    assert read_outcomes(logs, "12", 1) == {}
+
+
 def test_a_command_that_saves_nothing_goes_on_later_too(
     program: Callable[[str], Path], cluster: Path, tmp_path: Path
 ) -> None:
