@@ -52,9 +52,10 @@ if [[ -n $missing ]]; then
 fi
 
 folder=$(mktemp -d /tmp/slurm_once.XXXXXX)
+export SLURM_CONF=$folder/slurm.conf
 daemons=()
 stop() {
-  local daemon
+  local daemon environment
   # jobs first: they are no children of ours
   if [[ -S $folder/munge/socket ]]; then
     timeout 10 scancel --user=root 2>/dev/null || true
@@ -65,6 +66,13 @@ stop() {
   fi
   for daemon in "${daemons[@]}"; do kill "$daemon" 2>/dev/null || true; done
   wait || true
+  # what is left of a job that did not end: its processes, and no others, began with this SLURM_CONF
+  for environment in /proc/[0-9]*/environ; do
+    if grep -qzxF "SLURM_CONF=$SLURM_CONF" "$environment" 2>/dev/null; then
+      environment=${environment%/environ}
+      kill -KILL "${environment#/proc/}" 2>/dev/null || true
+    fi
+  done
   rm -rf "$folder"
 }
 trap stop EXIT
@@ -76,7 +84,6 @@ mkdir -p "$folder"/{munge,state,spool}
 chmod 755 "$folder" "$folder/munge"
 (umask 377 && head -c 1024 /dev/urandom >"$folder/munge/key")
 name=$(hostname -s)
-export SLURM_CONF=$folder/slurm.conf
 cat >"$SLURM_CONF" <<CONF
 ClusterName=once
 SlurmctldHost=$name(127.0.0.1)
@@ -106,16 +113,17 @@ NodeName=$name NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$(($(free -m | awk '/^Me
 PartitionName=all Nodes=$name Default=YES MaxTime=INFINITE State=UP
 CONF
 
-munged --foreground --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \
+# in sessions of their own: a signal to our group must not end them before they have ended the jobs
+setsid munged --foreground --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \
   --seed-file="$folder/munge/seed" >"$folder/munge/log" 2>&1 &
 daemons+=("$!")
 for _ in {1..50}; do
   [[ ! -S $folder/munge/socket ]] || break
   sleep 0.1
 done
-slurmctld -D -f "$SLURM_CONF" >/dev/null 2>&1 &
+setsid slurmctld -D -f "$SLURM_CONF" >/dev/null 2>&1 &
 daemons+=("$!")
-slurmd -D -f "$SLURM_CONF" >/dev/null 2>&1 &
+setsid slurmd -D -f "$SLURM_CONF" >/dev/null 2>&1 &
 daemons+=("$!")
 for ((tenth = 0; ; tenth++)); do
   [[ $(timeout 5 sinfo --noheader --format=%T 2>/dev/null || true) != idle ]] || break

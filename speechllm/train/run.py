@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 
 CTC_DECAY = 0.01
 CTC_CLIP = 5.0
+HEAD = "ctc"  # folder of the head's own training
 RECORD = "train.json"
 MINUTES = "minutes"  # of the CTC head's training; written when it is done
 
@@ -120,7 +121,7 @@ def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measu
     features = Features(config, opened.train, opened.valid, model.lm.model.device, model.encoder)
     _drop_long(config, opened.train, model, exp if world.is_main else None)
     if isinstance(model.projector, CtcBridge):
-        _train_head(features, model.projector, exp / "ctc", measure, world)
+        _train_head(features, model.projector, exp / HEAD, measure, world)
     task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
     log.info("train utts=%d batches=%d", len(opened.train.examples), len(task.batches(0)))
     loop = Loop(task, _loop_options(config), exp, world)
@@ -188,7 +189,7 @@ def _training_dtype(config: Config) -> str:
 def _write_provenance(model: SpeechLlm, exp: Path, progress: Progress, opened: Opened, world: World) -> None:
     """Write what the run took and made; the CTC head is trained too, though not by the last loop."""
     device = model.lm.model.device
-    head = exp / "ctc" / MINUTES
+    head = exp / HEAD / MINUTES
     head_minutes = float(head.read_text(encoding="utf-8")) if head.is_file() else 0.0
     content = {
         "minutes": progress.seconds / 60 + head_minutes,
@@ -228,6 +229,8 @@ def _claim(config: Config, opened: Opened, exp: Path) -> bool:
 
 
 def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -> None:
+    if not _has_begun(exp):  # refused before its first step, say, and mended since
+        return
     fix = "choose another --exp, or remove this folder to start over"
     if (exp / CONFIG_FILE).is_file():
         changed = configs.differences(configs.load(exp / CONFIG_FILE), config)
@@ -239,6 +242,12 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
         for key, value in record.items():
             if old.get(key) != value:
                 raise ConfigError(exp, f"was started with another {key} ({old.get(key)}, now {value})", fix)
+
+
+def _has_begun(exp: Path) -> bool:
+    """Return whether a folder holds anything that was trained."""
+    states = any(list((folder / "checkpoints").glob("step_*")) for folder in (exp, exp / HEAD))
+    return states or (exp / HEAD / MINUTES).is_file() or (exp / "model" / MODEL_FILE).is_file()
 
 
 def _drop_long(config: Config, train_set: AnySet, model: SpeechLlm, exp: Path | None) -> None:

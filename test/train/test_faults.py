@@ -406,15 +406,23 @@ def stored(plain: Whole) -> Setting:
     return stored
 
 
+def place_of(stored: Setting, utt_id: str) -> tuple[Path, int]:
+    """Return the archive of an utterance's features and where in it they stand."""
+    ark, _, offset = kaldi.read_table(stored.train / "feats.scp")[utt_id].partition(":")
+    return stored.train / ark, int(offset)
+
+
 def test_a_stored_feature_that_is_no_number_is_refused_by_name(stored: Setting, tmp_path: Path) -> None:
-    places = kaldi.read_table(stored.train / "feats.scp")
-    ark, _, offset = places["u3"].partition(":")
-    path = stored.train / ark
+    """Its checksum would tell first; dumps of before there were any have none."""
+    path, offset = place_of(stored, "u3")
     blob = bytearray(path.read_bytes())
-    begin = blob.index(b"\n", int(offset)) + 1
+    begin = blob.index(b"\n", offset) + 1
     blob[begin + 40 : begin + 42] = np.float16(np.nan).tobytes()
+    sums, aside = stored.train / "utt2crc", tmp_path / "utt2crc"
+    sums.rename(aside)
     with faulty.changed(path, bytes(blob)):
         ended = stored.run(tmp_path / "exp")
+    aside.rename(sums)
     what = "u3 holds values that are NaN or infinite"
     assert_refused(ended, rf"error: {re.escape(str(path))}:{offset}: {what}; run stage 2 again")
     assert not (tmp_path / "exp/model").exists()
@@ -422,12 +430,13 @@ def test_a_stored_feature_that_is_no_number_is_refused_by_name(stored: Setting, 
 
 
 def test_a_bit_that_flipped_in_a_stored_feature_is_refused_by_name(stored: Setting, tmp_path: Path) -> None:
-    path = stored.train / kaldi.read_table(stored.train / "feats.scp")["u3"].partition(":")[0]
+    path, offset = place_of(stored, "u6")
     blob = bytearray(path.read_bytes())
     blob[-1] ^= 1
     with faulty.changed(path, bytes(blob)):
         ended = stored.run(tmp_path / "exp")
-    assert_refused(ended, rf"error: {re.escape(str(path))}.*; run stage 2 again")
+    what = r"u6 is not what was written there \(its CRC-32 is [0-9a-f]{8}, not [0-9a-f]{8}\)"
+    assert_refused(ended, rf"error: {re.escape(str(path))}:{offset}: {what}; run stage 2 again")
 
 
 def poisoned(folder: Path, texts: Mapping[str, str], **train: Any) -> Setting:
