@@ -312,6 +312,7 @@ def run(arguments: list[str]) -> int:
         return _stop(str(stopped))
     except OSError as error:
         theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        theirs = theirs or error.errno == errno.EROFS
         full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         where, what = error.filename or "system", error.strerror or str(error)
         fix = "make room and run again: what was there before still stands" if full else "mend it and run again"

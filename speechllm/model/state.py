@@ -28,8 +28,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     except SafetensorError as error:
-        # it hides the system's error in a text: IoError(Os { code: 28, kind: StorageFull, message: ... })
-        code = int(found[1]) if (found := re.search(r"\bcode: (\d+)", str(error))) else errno.EIO
+        # it hides the system's error in a text: I/O error: No space left on device (os error 28)
+        code = int(found[1]) if (found := re.search(r"\bos error (\d+)", str(error))) else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

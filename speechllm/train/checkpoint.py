@@ -106,5 +106,6 @@ def _load(path: Path) -> Checkpoint:
         else:
             right = (path / name).is_file() and sha256(path / name) == wanted
         if not right:
-            raise ModelError(path / name, "is missing or its SHA-256 is wrong", OLDER)
+            file = STATE if name == PROGRESS else name
+            raise ModelError(path / file, "is missing or its SHA-256 is wrong", OLDER)
     return Checkpoint(load_tensors(path / TRAINABLE), load_tensors(path / OPTIMIZER), progress)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from speechllm.errors import ConfigError
-from speechllm.runtime import write_text
+from speechllm.runtime import naming, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +66,8 @@ class Curves:
         # JSON has no NaN: the loss of a skipped step is null
         plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = json.dumps({"kind": kind, "task": self.name, "step": step, **plain})
-        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+        path = self.folder / METRICS
+        with naming(path), path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         self.curve(kind, step, values)
 

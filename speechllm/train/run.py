@@ -26,7 +26,7 @@ from speechllm.model.assemble import (
 )
 from speechllm.model.lm import context_length
 from speechllm.model.projector import CtcBridge
-from speechllm.model.state import load_tensors
+from speechllm.model.state import check_keys, load_tensors
 from speechllm.runtime import (
     computes_bfloat16,
     derive_seed,
@@ -272,7 +272,9 @@ def _train_head(features: Features, projector: CtcBridge, folder: Path, measure:
     config = features.config.projector
     assert isinstance(config, CtcProjector)
     if (folder / MINUTES).is_file():
-        projector.head.load_state_dict(load_tensors(folder / BEST))
+        found = load_tensors(folder / BEST)
+        check_keys(folder / BEST, found, projector.head.state_dict())
+        projector.head.load_state_dict(found)
         return
     task = CtcTask(features, projector, config, measure)
     torch.manual_seed(derive_seed("ctc weights", features.config.seed))
