@@ -99,6 +99,8 @@ def encoder_of(config: Config, origin: Origin) -> SpeechEncoder:
 def save_model(folder: Path, model: SpeechLlm, config: Config, origin: Origin) -> None:
     """Write what training made and what it was made on; ``model.json`` comes last."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.tmp"):  # by a kill
+        left_over.unlink()
     configs.dump(config, folder / CONFIG_FILE)
     temporary = folder / f".{TRAINED_FILE}.tmp"
     save_tensors(temporary, model.trainable_state())

@@ -69,8 +69,8 @@ def _sum_of(progress: Mapping[str, object]) -> str:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` states."""
-    for old in _states(folder)[keep:]:
+    """Delete all but the newest `keep` states, and what a kill left of one that was being written."""
+    for old in [*_states(folder)[keep:], *folder.glob(".step_*.tmp")]:
         shutil.rmtree(old)
 
 

@@ -77,15 +77,17 @@ def test_outputs_and_gradients_are_pefts(folder: Path, dropout: float) -> None:
         torch.testing.assert_close(value, theirs[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_in_bfloat16_less_is_kept_for_the_backward_pass(folder: Path) -> None:
+def test_in_bfloat16_less_is_kept_for_the_backward_pass_and_nothing_is_lost(folder: Path) -> None:
     model = adapted(folder, "bfloat16").model.train()
-    embeds = torch.randn(4, 40, tiny.LM_WIDTH, dtype=torch.bfloat16)
+    embeds = torch.randn(4, 40, tiny.LM_WIDTH, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = run(adapted(folder).model.train(), embeds.float())
     ours, theirs = run(model, embeds), run(pefts_own(model), embeds)
     assert ours[2] < theirs[2]
-    torch.testing.assert_close(ours[0].float(), theirs[0].float(), rtol=0.1, atol=0.1)
-    for name, value in ours[1].items():
-        assert value.dtype == torch.float32
-        assert float((value - theirs[1][name]).norm()) < 0.1 * float(theirs[1][name].norm()), name
+    assert all(value.dtype == torch.float32 for value in ours[1].values())
+    errors = [
+        sum(float((found[1][name] - value).norm()) for name, value in exact[1].items()) for found in (ours, theirs)
+    ]
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_a_merged_layer_gives_what_it_gave_before(folder: Path) -> None:
