@@ -16,13 +16,27 @@ if TYPE_CHECKING:
     from speechllm.train.tasks import Features
 
 
-def dump(conf: Path, data_dir: Path, out: Path, workers: int, part: tuple[int, int] | None = None) -> int:
+@dataclass(frozen=True)
+class DumpOptions:
+    """What stage 2 is asked for."""
+
+    workers: int = 1
+    part: tuple[int, int] | None = None
+    """Number, from 1, and count of the part of the shards that is made."""
+    max_dropped: float = 0.0
+    """Part of the utterances that may be left out because their sounds cannot be read."""
+    allow_pipes: bool = False
+
+
+def dump(conf: Path, data_dir: Path, out: Path, options: DumpOptions) -> int:
     """Stage 2: write frozen-encoder features, or a part of their shards; return the number of utterances."""
+    from speechllm.dump import Leeway
     from speechllm.dump import dump as run
 
     config = configs.load(conf)
-    own = None if part is None else (part[0] - 1, part[1])
-    return run(config.encoder, config.device, data_dir, out, workers, own)
+    part = None if options.part is None else (options.part[0] - 1, options.part[1])
+    leeway = Leeway(options.max_dropped, options.allow_pipes)
+    return run(config.encoder, config.device, data_dir, out, options.workers, part, leeway=leeway)
 
 
 def train(conf: Path, train_dir: Path, valid_dir: Path, exp: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -48,8 +62,7 @@ def _decode_valid(model: SpeechLlm, features: Features, utt_ids: Sequence[str]) 
     config = features.config.decode.model_copy(update={"beam": 1})
     examples = features.valid.examples
     durations = {utt_id: examples[utt_id].duration_s for utt_id in utt_ids}
-    batches = decode(model, durations, features.validation, config)
-    return {utt_id: nbest[0].text for batch in batches for utt_id, nbest in batch.items()}
+    return {key: nbest[0].text for key, nbest in decode(model, durations, features.validation, config).items()}
 
 
 def decode(

@@ -10,7 +10,7 @@ import torch
 from speechllm.data import audio, kaldi
 from speechllm.data.archive import as_stored
 from speechllm.decode.batched import max_tokens, to_text
-from speechllm.decode.search import search
+from speechllm.decode.engine import search
 from speechllm.errors import DataError
 from speechllm.model.assemble import encoder_of, load_model, read_model
 from speechllm.model.ctc import best_kana
@@ -118,17 +118,18 @@ def _trace_model(page: _Page, model: SpeechLlm, config: Config, frames_eh: Tenso
     spliced = model.splice(frames_beh, frames_b, None, pad_left=True)
     page.add("LM input [l d]", _shape(spliced.embeds_bld[0]), "model.speechllm.SpeechLlm.splice")
     limit = max_tokens(config.decode, duration_s)
-    best = search(model.lm, spliced, [limit], config.decode)[0][0]
+    (nbest,) = search(model.lm, model.question_start(), model.questions(frames_beh, frames_b), [limit], config.decode)
+    best = nbest[0]
     pieces = model.lm.tokenizer.convert_ids_to_tokens(list(best.tokens))
     page.add(
         "tokens",
         f"{len(best.tokens)} of at most {limit}: {' '.join(map(str, pieces))}",
-        "decode.search.search",
+        "decode.engine.search",
     )
     page.add(
         "log probability",
         f"{best.log_prob:.3f} nats, {'ended' if best.ended else 'cut'}",
-        "decode.search.search",
+        "decode.engine.search",
     )
     text = to_text(model, best)
     page.add("text", text.text, "decode.batched.to_text")

@@ -7,7 +7,6 @@ a saved head.
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,12 +46,12 @@ TRAPS = {
     ),
     "transcripts are cut at 128 tokens and lose their end": (
         "test_peer_traps.py::test_a_long_transcript_is_learnt_to_its_end",
-        "test_peer_traps.py::test_a_transcript_that_the_context_does_not_hold_is_told_and_never_cut",
+        "faults/test_train_faults.py::test_19_a_transcript_longer_than_the_context_is_told_and_never_cut",
         "model/test_speechllm.py::test_the_last_positions_of_a_row_predict_its_answer",
     ),
     "no attention mask reaches the search, so that a text depends on its neighbours": (
         "decode/test_search.py::test_a_batch_of_mixed_lengths_gives_each_utterance_the_texts_it_has_alone",
-        "decode/test_search.py::test_what_stands_in_the_left_padding_changes_no_text",
+        "decode/test_search.py::test_other_neighbours_on_either_side_change_no_text",
         "decode/test_decode_dir.py::test_the_size_of_a_batch_changes_no_text",
         "model/test_packing.py::test_an_utterance_does_not_see_its_neighbours",
     ),
@@ -124,17 +123,6 @@ def train(folder: Path, lm_folder: Path, data: Path, **fields: object) -> int:
     configs.dump(config, folder / "conf.yaml")
     paths = {"--conf": folder / "conf.yaml", "--train": data, "--valid": data, "--exp": folder / "exp"}
     return cli.run(["train", *(str(part) for pair in paths.items() for part in pair)])
-
-
-def test_a_transcript_that_the_context_does_not_hold_is_told_and_never_cut(
-    lm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = data_of(tmp_path / "data", {"u0": tiny.TEXTS[0], "u1": LONG * 2})
-    assert train(tmp_path, lm_folder, data) == EXIT_USER
-    what = r"1 of 2 training utterances do not fit, first u1 \d+ tokens, the context holds 256"
-    line = rf"error: {re.escape(str(data))}: {what}; cut them with segments, or raise train\.max_dropped"
-    assert re.fullmatch(line, capsys.readouterr().err.splitlines()[-1])
-    assert (tmp_path / "exp/dropped.tsv").read_text(encoding="utf-8").splitlines()[1].startswith("u1\t")
 
 
 # Half of a saved head

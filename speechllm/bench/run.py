@@ -11,7 +11,7 @@ from speechllm.errors import ConfigError
 if TYPE_CHECKING:
     from speechllm.bench.common import Options, Outcome
 
-NAMES = ("train", "dump")
+NAMES = ("train", "decode", "dump")
 NUMBERS = re.compile(r"[1-9]\d{0,6}(,[1-9]\d{0,6}){0,15}", re.ASCII)
 
 
@@ -28,11 +28,15 @@ def run(name: str, options: Options) -> Outcome:
         from speechllm.bench import train
 
         return train.run(options)
+    if name == "decode":
+        from speechllm.bench import decode
+
+        return decode.run(options)
     if name == "dump":
         from speechllm.bench import dump
 
         return dump.run(options)
-    raise ConfigError("bench", f"there is no benchmark {name}", f"choose {' or '.join(NAMES)}")
+    raise ConfigError("bench", f"there is no benchmark {name}", f"choose one of {', '.join(NAMES)}")
 
 
 def budgets(value: str | None) -> tuple[int, ...]:

@@ -230,8 +230,29 @@ class DecodeConfig(Section):
     """Tokens allowed whatever the duration."""
     min_tokens: Annotated[int, Field(ge=0, le=100)] = 0
     """Fewest tokens before the end of the text is allowed."""
+    mend_loops: bool = True
+    """Decode a text that repeats itself again, without more repetitions than people say; it is flagged."""
     normalize: str = "raw"
     """Text profile applied to what was decoded, for a reader; scoring has its own."""
+
+
+class HeadsConfig(Section):
+    """Heads that `speechllm heads` adds to a trained model: kana for times, tokens for drafts."""
+
+    tokens: bool = True
+    """Train a head over the language model's tokens too: drafts, which make decoding faster."""
+    hidden: Annotated[int, Field(ge=1, le=8192)] = 512
+    """Channels of the two convolutions of a head."""
+    stride: Annotated[int, Field(ge=1, le=8)] = 2
+    """Stride of the first convolution."""
+    dropout: Fraction = 0.1
+    """Dropout in a head."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Passes over the training set."""
+    peak_lr: PositiveFloat = 1e-3
+    """Learning rate after the warm-up."""
+    batch_frames: PositiveInt = 8000
+    """Encoder frames a batch, padding included."""
 
 
 class Config(Section):
@@ -257,6 +278,8 @@ class Config(Section):
     """Training."""
     decode: DecodeConfig = DecodeConfig()
     """Decoding."""
+    heads: HeadsConfig = HeadsConfig()
+    """Heads that a trained model may be given."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

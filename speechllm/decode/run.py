@@ -21,7 +21,7 @@ from speechllm.config.schema import DecodeConfig
 from speechllm.data import kaldi
 from speechllm.data.archive import as_stored
 from speechllm.data.dataset import FeatureSet
-from speechllm.decode.batched import Text, decode
+from speechllm.decode.batched import Decoder, Text, text_of
 from speechllm.errors import ConfigError
 from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
 from speechllm.model.assemble import PROVENANCE_FILE, TRAINED_FILE, encoder_of, find_encoder, load_model, read_model
@@ -195,12 +195,11 @@ def _decode_waiting(
         partial.open("a", encoding="utf-8") as stream,
         tqdm(total=len(waiting), desc="decode", unit="utt", disable=None) as bar,
     ):
-        for batch in decode(model, waiting, source.fetch_for(model), settings):
-            for utt_id, nbest in batch.items():
-                stream.write(_nbest_line(utt_id, nbest))
+        for utt_id, nbest in Decoder(model, settings).texts(waiting, source.fetch_for(model)):
+            stream.write(_nbest_line(utt_id, nbest))
             stream.flush()
-            found |= batch
-            bar.update(len(batch))
+            found[utt_id] = nbest
+            bar.update()
     return found
 
 
@@ -213,7 +212,7 @@ def _read_partials(folders: Sequence[Path], source: Source, *, mend: bool = True
     found: dict[str, list[Text]] = {}
     for path in [folder / PARTIAL for folder in folders]:
         entries = [entry for entry in read_whole_lines(path) if entry["utt_id"] in source.durations_s]
-        here = {entry["utt_id"]: [Text(**text) for text in entry["nbest"]] for entry in entries}
+        here = {entry["utt_id"]: [text_of(text) for text in entry["nbest"]] for entry in entries}
         if mend and path.is_file():
             write_text(path, "".join(_nbest_line(utt_id, nbest) for utt_id, nbest in here.items()))
         found |= here

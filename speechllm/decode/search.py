@@ -1,164 +1,151 @@
-"""Batched beam search on the model's own forward; greedy search is a beam of one.
+"""The search for one utterance's text: hypotheses that live, hypotheses that ended, and which go on. No tensors here.
 
-Shapes: b utterances, k hypotheses each, r = b * k rows, l positions, d LM width, v vocabulary.
-Rows are padded on the left and masked, so an utterance's text does not depend on its neighbours.
+Greedy search is a beam of one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
-from speechllm.model.lm import positions_of
+from speechllm.decode.guard import Repeats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from speechllm.config.schema import DecodeConfig
-    from speechllm.model.lm import LanguageModel
-    from speechllm.model.speechllm import Spliced
+    from speechllm.decode.bias import State, UtteranceBias
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A finished text: its tokens without the end, and the log probability of each (the end's is last)."""
+    """A text: its tokens without the end, and the log probability of each (the end's is last)."""
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     ended: bool
     """Whether the model ended it; False where the length bound cut it."""
+    bonus: float = 0.0
+    """Nats that hotwords have added."""
+    state: State | None = None
+    """Where it stands among the hotwords."""
 
     @property
     def log_prob(self) -> float:
-        """Return the log probability of the whole, in nats."""
+        """Return the log probability of the whole, in nats; without `bonus`."""
         return sum(self.log_probs)
 
     def rank(self, length_penalty: float) -> float:
-        """Return what hypotheses are sorted by: log probability / tokens ** penalty."""
-        return self.log_prob / float(max(1, len(self.log_probs)) ** length_penalty)
+        """Return what hypotheses are sorted by: (log probability + bonus) / tokens ** penalty."""
+        return (self.log_prob + self.bonus) / float(max(1, len(self.log_probs)) ** length_penalty)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A live hypothesis and a token that could follow it."""
+
+    row: int
+    """Which of the live ones."""
+    token: int
+    log_prob: float
+    boost: float = 0.0
 
 
 @dataclass
-class _Utterance:
-    """The search of one utterance: live rows are tokens and log probabilities so far."""
+class Search:
+    """The search of one utterance."""
 
     max_tokens: int
-    live: list[Hypothesis]
+    config: DecodeConfig
+    end: int
+    """The token that ends a text."""
+    bias: UtteranceBias | None = None
+    guarded: bool = False
+    """Whether a text that repeats itself is kept from going on so."""
+    live: list[Hypothesis] = field(default_factory=list)
     finished: list[Hypothesis] = field(default_factory=list)
 
-    def done(self, config: DecodeConfig) -> bool:
+    def __post_init__(self) -> None:
+        """Begin with the empty text."""
+        if not self.live and not self.finished:
+            self.live = [Hypothesis((), (), ended=False, state=None if self.bias is None else self.bias.start)]
+
+    def is_changed(self, written: int) -> bool:
+        """Return whether `changes` may say something of a text of so many tokens."""
+        return self.guarded or self.bias is not None or written < self.config.min_tokens
+
+    def changes(self, hypothesis: Hypothesis) -> dict[int, float]:
+        """Return what is added to the log probabilities of tokens that may follow: hotwords' nats, -inf for never."""
+        added: dict[int, float] = {}
+        if self.bias is not None and hypothesis.state is not None:
+            added.update(self.bias.boosts(hypothesis.state))
+        if len(hypothesis.tokens) < self.config.min_tokens:
+            added[self.end] = -math.inf
+        if self.guarded:
+            added.update(dict.fromkeys(Repeats(hypothesis.tokens).next_ones(), -math.inf))
+        return added
+
+    def advance(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Extend the live hypotheses by the best of `candidates`; return those that live on, in their new order.
+
+        There must be enough of them: the best 2 * beam of every live hypothesis.
+        """
+        beam = self.config.beam
+        # ties go to the earlier row and the smaller token, whatever the batch
+        ordered = sorted(candidates, key=lambda c: (-self._total(c), c.row, c.token))
+        before, picked = self.live, list[Candidate]()
+        self.live = []
+        for rank, candidate in enumerate(ordered):
+            if candidate.token == self.end:
+                if rank < beam:
+                    self.finished.append(self._followed(before[candidate.row], candidate))
+            elif len(self.live) < beam:
+                self.live.append(self._followed(before[candidate.row], candidate))
+                picked.append(candidate)
+        if self.live and len(self.live[0].tokens) >= self.max_tokens:
+            self.finished += self.live
+            self.live, picked = [], []
+        return picked
+
+    def _total(self, candidate: Candidate) -> float:
+        hypothesis = self.live[candidate.row]
+        return hypothesis.log_prob + candidate.log_prob + self._bonus(hypothesis, candidate)
+
+    def _bonus(self, hypothesis: Hypothesis, candidate: Candidate) -> float:
+        taken = 0.0
+        if self.bias is not None and hypothesis.state is not None:
+            taken = self.bias.taken_back(hypothesis.state)
+        return hypothesis.bonus + taken + candidate.boost
+
+    def _followed(self, hypothesis: Hypothesis, candidate: Candidate) -> Hypothesis:
+        log_probs = (*hypothesis.log_probs, candidate.log_prob)
+        bonus = self._bonus(hypothesis, candidate)
+        if candidate.token == self.end:
+            return Hypothesis(hypothesis.tokens, log_probs, ended=True, bonus=bonus)
+        state = None
+        if self.bias is not None and hypothesis.state is not None:
+            state = self.bias.next(hypothesis.state, candidate.token)
+        return Hypothesis((*hypothesis.tokens, candidate.token), log_probs, ended=False, bonus=bonus, state=state)
+
+    def done(self) -> bool:
         """Return whether no live hypothesis can enter the best `beam` finished ones."""
         if not self.live:
             return True
-        if len(self.finished) < config.beam:
+        if len(self.finished) < self.config.beam:
             return False
-        worst = sorted(h.rank(config.length_penalty) for h in self.finished)[-config.beam]
+        penalty = self.config.length_penalty
+        worst = sorted(h.rank(penalty) for h in self.finished)[-self.config.beam]
         # a longer text has a lower log probability, so this is the best that the live ones can reach
-        longest = max(1.0, self.max_tokens ** max(0.0, config.length_penalty))
-        return max(h.log_prob for h in self.live) / longest <= worst or config.beam == 1
+        longest = max(1.0, self.max_tokens ** max(0.0, penalty))
+        return max(h.log_prob + h.bonus for h in self.live) / longest <= worst or self.config.beam == 1
 
-    def best(self, config: DecodeConfig) -> list[Hypothesis]:
+    def best(self) -> list[Hypothesis]:
         """Return the finished hypotheses, the best first; those cut by the length bound come last."""
-        return sorted(self.finished, key=lambda h: (not h.ended, -h.rank(config.length_penalty)))[: config.beam]
+        penalty = self.config.length_penalty
+        return sorted(self.finished, key=lambda h: (not h.ended, -h.rank(penalty)))[: self.config.beam]
 
-
-@torch.inference_mode()
-def search(
-    lm: LanguageModel, start: Spliced, max_tokens: Sequence[int], config: DecodeConfig
-) -> list[list[Hypothesis]]:
-    """Return the n-best of each utterance, the best first.
-
-    `start` holds prompt and sound of each utterance, padded on the left; `max_tokens` bounds each text.
-    """
-    empty = Hypothesis((), (), ended=False)
-    utterances = [_Utterance(limit, [empty]) for limit in max_tokens]
-    cache = DynamicCache()
-    mask_rl = start.mask_bl
-    logits_rv = _forward(lm, {"inputs_embeds": start.embeds_bld}, mask_rl, cache)
-    active = list(range(len(utterances)))
-    while active:
-        chosen = _advance(lm, [utterances[i] for i in active], logits_rv, config)
-        rows, tokens, still = [], [], []
-        for index, picks in zip(active, chosen, strict=True):
-            if utterances[index].done(config):
-                continue
-            still.append(index)
-            rows += [row for row, _ in picks]
-            tokens += [token for _, token in picks]
-        active = still
-        if active:
-            select = torch.tensor(rows, device=mask_rl.device)
-            cache.batch_select_indices(select)
-            mask_rl = torch.nn.functional.pad(mask_rl[select], (0, 1), value=True)
-            fed = torch.tensor(tokens, device=mask_rl.device)[:, None]
-            logits_rv = _forward(lm, {"input_ids": fed}, mask_rl, cache)
-    return [utterance.best(config) for utterance in utterances]
-
-
-def _forward(lm: LanguageModel, inputs: dict[str, Tensor], mask_rl: Tensor, cache: DynamicCache) -> Tensor:
-    """Feed what is new and return the log probabilities [r v] of the next token."""
-    body: Any = lm.model.base_model
-    new = next(iter(inputs.values())).shape[1]
-    output = body(
-        **inputs,
-        attention_mask=mask_rl.long(),
-        position_ids=positions_of(mask_rl)[:, -new:],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return lm.logits(output.last_hidden_state[:, -1]).log_softmax(dim=-1)
-
-
-def _advance(
-    lm: LanguageModel, utterances: Sequence[_Utterance], log_probs_rv: Tensor, config: DecodeConfig
-) -> list[list[tuple[int, int]]]:
-    """Extend every live hypothesis; return for each utterance the (row, token) of its new live ones."""
-    end: int = lm.tokenizer.eos_token_id
-    length = len(utterances[0].live[0].tokens)  # the same for all that live
-    if length < config.min_tokens:
-        log_probs_rv[:, end] = -torch.inf
-    width = min(2 * config.beam, log_probs_rv.shape[1])
-    top_rv = log_probs_rv.topk(width, dim=-1)
-    values, ids = top_rv.values.tolist(), top_rv.indices.tolist()
-    chosen = []
-    first_row = 0
-    for utterance in utterances:
-        rows = range(first_row, first_row + len(utterance.live))
-        first_row += len(utterance.live)
-        candidates = [
-            (hypothesis.log_prob + value, row, token, value, hypothesis)
-            for row, hypothesis in zip(rows, utterance.live, strict=True)
-            for value, token in zip(values[row], ids[row], strict=True)
-        ]
-        # ties go to the earlier row and the smaller token, whatever the batch
-        candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
-        chosen.append(_pick(utterance, candidates, config.beam, end))
-    return chosen
-
-
-def _pick(
-    utterance: _Utterance,
-    candidates: list[tuple[float, int, int, float, Hypothesis]],
-    beam: int,
-    end: int,
-) -> list[tuple[int, int]]:
-    """Move ended candidates to `finished` and the best others to `live`; return their (row, token)."""
-    live: list[Hypothesis] = []
-    picks: list[tuple[int, int]] = []
-    for rank, (_, row, token, value, hypothesis) in enumerate(candidates):
-        log_probs = (*hypothesis.log_probs, value)
-        if token == end:
-            if rank < beam:
-                utterance.finished.append(Hypothesis(hypothesis.tokens, log_probs, ended=True))
-        elif len(live) < beam:
-            live.append(Hypothesis((*hypothesis.tokens, token), log_probs, ended=False))
-            picks.append((row, token))
-    if live and len(live[0].tokens) >= utterance.max_tokens:
-        utterance.finished += live
-        live = []
-    utterance.live = live
-    return picks
+    def loops(self) -> bool:
+        """Return whether the best text, live or not, has begun to repeat itself."""
+        first = self.live[0] if self.live else max(self.finished, key=lambda h: h.rank(0.0), default=None)
+        return first is not None and not self.guarded and Repeats(first.tokens).too_many()

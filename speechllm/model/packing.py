@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -90,6 +90,14 @@ class Segments:
         return self._nearby[length, window]
 
 
+class Rows(Protocol):
+    """The rows of a search, which keep what was read before (`model.slots`)."""
+
+    def attend(self, block: int, row: Row, scale: float | None, window: int | None) -> Tensor:
+        """Return attention [1 n h c] of the tokens of a forward, each within its row."""
+        ...
+
+
 def attend(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query_bhlc: Tensor,
@@ -101,9 +109,13 @@ def attend(  # noqa: PLR0913 - the signature is transformers'
     dropout: float = 0.0,
     sliding_window: int | None = None,
     segments: Segments | None = None,
+    slots: Rows | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return causal attention [b l h c]: within each utterance where `segments` are given, else transformers' own."""
+    """Return causal attention [b l h c]: within `segments` or rows of a search where given, else transformers' own."""
+    if slots is not None:
+        block: int = module.layer_idx  # type: ignore[assignment] # every block of transformers knows its number
+        return slots.attend(block, (query_bhlc, key_bhlc, value_bhlc), scaling, sliding_window), None
     if segments is None:
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module,

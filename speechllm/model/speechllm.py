@@ -82,6 +82,17 @@ class SpeechLlm(nn.Module):
         mask_bl = splicing.on((layout.order_bl != splicing.NOTHING).astype("int64"), frames_beh.device).bool()
         return Spliced(self._gather(layout, audio_pd), mask_bl, layout)
 
+    def question_start(self) -> Tensor:
+        """Return what decoding reads before every sound [l d], the same for all utterances."""
+        return self.lm.embed(prompts.build(self.lm.tokenizer, self.form, None).before)
+
+    def questions(self, frames_beh: Tensor, frames_b: Sequence[int]) -> list[Tensor]:
+        """Return what decoding reads of each utterance [l d] behind `question_start`: its sound, and what follows."""
+        audio_pd, source = self._source(frames_beh, frames_b, None)
+        layout = splicing.packed(source, share_prompt=True)
+        _, *own_ld = torch.split(self._gather(layout, audio_pd)[0], [layout.shared, *layout.lengths])
+        return list(own_ld)
+
     def _source(
         self, frames_beh: Tensor, frames_b: Sequence[int], targets: Sequence[str] | None
     ) -> tuple[list[Tensor], splicing.Source]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
 
 from speechllm.data import kaldi
-from speechllm.decode.batched import decode
+from speechllm.decode.batched import Decoder
 from speechllm.decode.run import PARTIAL, decode_dir
 from speechllm.dump import dump
 from speechllm.errors import ConfigError, DataError, ModelError, UserError
@@ -21,7 +21,7 @@ from speechllm.runtime import read_json
 from speechllm.text.normalize import normalize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from speechllm.decode.batched import Text
@@ -70,16 +70,17 @@ class Killed(Exception):  # noqa: N818 - it stands for what no code can catch
     """The process ended here."""
 
 
-def kill_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """Let decoding end after so many batches."""
+def kill_after(monkeypatch: pytest.MonkeyPatch, utterances: int) -> None:
+    """Let decoding end after so many utterances."""
+    whole = Decoder.texts
 
-    def cut_short(*given: object) -> Iterator[Mapping[str, list[Text]]]:
-        for number, batch in enumerate(decode(*given)):  # type: ignore[arg-type] # handed on
-            if number == batches:
+    def cut_short(*given: Any) -> Iterator[tuple[str, list[Text]]]:
+        for number, found in enumerate(whole(*given)):
+            if number == utterances:
                 raise Killed
-            yield batch
+            yield found
 
-    monkeypatch.setattr("speechllm.decode.run.decode", cut_short)
+    monkeypatch.setattr(Decoder, "texts", cut_short)
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -139,24 +140,25 @@ def test_a_killed_run_goes_on_where_it_was(
 ) -> None:
     source = getattr(setting, place)
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, batches=1)
+        kill_after(patch, utterances=2)
         with pytest.raises(Killed):
             decode_dir(setting.model, source, tmp_path, {})
-    assert [entry["utt_id"] for entry in lines(tmp_path / PARTIAL)] == ["b", "d"]
+    there = {entry["utt_id"] for entry in lines(tmp_path / PARTIAL)}
+    assert len(there) == 2
     assert not (tmp_path / "text").exists()
     with (tmp_path / PARTIAL).open("a", encoding="utf-8") as stream:
         stream.write(torn)
     assert decode_dir(setting.model, source, tmp_path, {}) == 3
     assert (tmp_path / "text").read_bytes() == (whole / "text").read_bytes()
     assert [entry["utt_id"] for entry in lines(tmp_path / "nbest.jsonl")] == sorted(SAMPLES)
-    rest_s = (SAMPLES["a"] + SAMPLES["c"] + SAMPLES["e"]) / tiny.SAMPLE_RATE_HZ
+    rest_s = sum(SAMPLES[key] for key in SAMPLES if key not in there) / tiny.SAMPLE_RATE_HZ
     assert read_json(tmp_path / "rtf.json")["audio_s"] == pytest.approx(rest_s, abs=1e-3)
 
 
 def test_a_run_that_was_killed_twice_decodes_nothing_twice(setting: Setting, whole: Path, tmp_path: Path) -> None:
     for already in (2, 4):
         with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, batches=1)
+            kill_after(patch, utterances=2)
             with pytest.raises(Killed):
                 decode_dir(setting.model, setting.store, tmp_path, {})
         assert len(lines(tmp_path / PARTIAL)) == already
@@ -168,7 +170,7 @@ def test_a_run_that_was_killed_twice_decodes_nothing_twice(setting: Setting, who
 def test_another_beam_is_refused_with_the_difference(setting: Setting, tmp_path: Path, *, complete: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if not complete:
-            kill_after(patch, batches=1)
+            kill_after(patch, utterances=2)
         try:
             decode_dir(setting.model, setting.store, tmp_path, {})
         except Killed:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
 
 from speechllm import cli
-from speechllm.decode.batched import decode
+from speechllm.decode.batched import Decoder
 from speechllm.decode.run import PARTIAL, PARTS, decode_dir
 from speechllm.dump import dump
 from speechllm.errors import DataError
@@ -20,7 +21,7 @@ from speechllm.model.assemble import assemble, origin_of, save_model
 from speechllm.runtime import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from speechllm.decode.batched import Text
@@ -78,12 +79,14 @@ class Killed(Exception):  # noqa: N818 - it stands for what no code can catch
     """The process ended here."""
 
 
-def kill_after_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_short(*given: object) -> Iterator[Mapping[str, list[Text]]]:
-        yield next(iter(decode(*given)))  # type: ignore[arg-type] # handed on
+def kill_after_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Decoder.texts
+
+    def cut_short(*given: Any) -> Iterator[tuple[str, list[Text]]]:
+        yield from itertools.islice(whole(*given), 2)
         raise Killed
 
-    monkeypatch.setattr("speechllm.decode.run.decode", cut_short)
+    monkeypatch.setattr(Decoder, "texts", cut_short)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -113,7 +116,7 @@ def test_a_part_that_is_missing_is_decoded_with_the_whole(setting: Setting, tmp_
 
 def test_a_killed_part_goes_on_where_it_was(setting: Setting, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        kill_after_one_batch(patch)
+        kill_after_two(patch)
         with pytest.raises(Killed):
             setting.decode(tmp_path, (1, 2))
     with (tmp_path / PARTS / "1-of-2" / PARTIAL).open("a", encoding="utf-8") as stream:
@@ -127,7 +130,7 @@ def test_a_killed_part_goes_on_where_it_was(setting: Setting, tmp_path: Path) ->
 
 def test_another_number_of_parts_decodes_nothing_twice(setting: Setting, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        kill_after_one_batch(patch)
+        kill_after_two(patch)
         with pytest.raises(Killed):
             setting.decode(tmp_path)
     before = [json.loads(line)["utt_id"] for line in (tmp_path / PARTIAL).read_text(encoding="utf-8").splitlines()]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
 
 from speechllm.config.schema import ConvMlpProjector, DecodeConfig
-from speechllm.decode.batched import Text, decode, max_tokens, to_text
-from speechllm.decode.search import Hypothesis, _Utterance, search
+from speechllm.decode.batched import decode, max_tokens, to_text
+from speechllm.decode.engine import search
+from speechllm.decode.search import Hypothesis, Search
 from speechllm.model.speechllm import SpeechLlm, Spliced, pad_frames
 
 if TYPE_CHECKING:
@@ -57,6 +59,15 @@ def spliced(model: SpeechLlm, frames: Sequence[torch.Tensor]) -> Spliced:
         return model.splice(*pad_frames(frames, tiny.CPU), None, pad_left=True)
 
 
+def found(
+    model: SpeechLlm, frames: Sequence[torch.Tensor], limits: Sequence[int], config: DecodeConfig, lm: Any = None
+) -> list[list[Hypothesis]]:
+    """Return the n-best of frames, with `lm` in the place of the model's own where given."""
+    with torch.no_grad():
+        own = model.questions(*pad_frames(frames, tiny.CPU))
+        return search(lm or model.lm, model.question_start(), own, limits, config)
+
+
 def assert_same(one: Hypothesis, other: Hypothesis) -> None:
     assert (one.tokens, one.ended) == (other.tokens, other.ended)
     assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
@@ -65,7 +76,7 @@ def assert_same(one: Hypothesis, other: Hypothesis) -> None:
 @pytest.mark.parametrize(("fewest", "limit"), [(0, 1), (0, 12), (5, 12)])
 def test_a_beam_of_one_is_hugging_faces_greedy_text(model: SpeechLlm, fewest: int, limit: int) -> None:
     start = spliced(model, rows())
-    found = search(model.lm, start, [limit] * len(FRAMES), DecodeConfig(min_tokens=fewest))
+    ours = found(model, rows(), [limit] * len(FRAMES), DecodeConfig(min_tokens=fewest))
     with torch.inference_mode():
         theirs = model.lm.model.generate(
             inputs_embeds=start.embeds_bld,
@@ -76,7 +87,7 @@ def test_a_beam_of_one_is_hugging_faces_greedy_text(model: SpeechLlm, fewest: in
             eos_token_id=END,
             pad_token_id=0,
         )
-    for (best,), ids in zip(found, theirs.tolist(), strict=True):
+    for (best,), ids in zip(ours, theirs.tolist(), strict=True):
         wanted = ids[: ids.index(END)] if END in ids else ids
         assert list(best.tokens) == wanted
         assert best.ended is (END in ids)
@@ -86,45 +97,40 @@ def test_the_tiny_models_end_some_texts_and_are_cut_in_others(folders: dict[str,
     ended = set()
     for name in tiny.LMS:
         model = speech_llm(folders, name)
-        found = search(model.lm, spliced(model, rows()), [12] * len(FRAMES), GREEDY)
-        ended |= {(len(best.tokens), best.ended) for (best,) in found}
+        texts = found(model, rows(), [12] * len(FRAMES), GREEDY)
+        ended |= {(len(best.tokens), best.ended) for (best,) in texts}
     assert {flag for _, flag in ended} == {True, False}
     assert len(ended) > 3
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 4])
 @pytest.mark.parametrize("config", [GREEDY, BEAM], ids=["greedy", "beam"])
 def test_a_batch_of_mixed_lengths_gives_each_utterance_the_texts_it_has_alone(
-    model: SpeechLlm, config: DecodeConfig
+    model: SpeechLlm, config: DecodeConfig, at_once: int
 ) -> None:
     limits = [9, 12, 5, 7]
-    together = search(model.lm, spliced(model, rows()), limits, config)
+    together = found(model, rows(), limits, config.model_copy(update={"batch_size": at_once}))
     for frames_eh, limit, nbest in zip(rows(), limits, together, strict=True):
-        (alone,) = search(model.lm, spliced(model, [frames_eh]), [limit], config)
+        (alone,) = found(model, [frames_eh], [limit], config)
         assert len(nbest) == len(alone) == config.beam
         for one, other in zip(nbest, alone, strict=True):
             assert_same(one, other)
 
 
 @pytest.mark.parametrize("config", [GREEDY, BEAM], ids=["greedy", "beam"])
-def test_what_stands_in_the_left_padding_changes_no_text(model: SpeechLlm, config: DecodeConfig) -> None:
-    start = spliced(model, rows())
-    assert not start.mask_bl.all()
-    dirty = Spliced(
-        start.embeds_bld.masked_fill(~start.mask_bl[..., None], 5.0),
-        start.mask_bl,
-        start.layout,
-    )
-    limits = [8] * len(FRAMES)
-    for clean_best, dirty_best in zip(
-        search(model.lm, start, limits, config), search(model.lm, dirty, limits, config), strict=True
-    ):
-        assert_same(clean_best[0], dirty_best[0])
+def test_other_neighbours_on_either_side_change_no_text(model: SpeechLlm, config: DecodeConfig) -> None:
+    torch.manual_seed(13)
+    others = [5 * torch.randn(count, tiny.WIDTH_H) for count in (9, 40)]
+    mine = rows()[0]
+    (alone,) = found(model, [mine], [8], config)
+    for place, frames in enumerate(([mine, *others], [others[0], mine, others[1]], [*others, mine])):
+        assert_same(found(model, frames, [8, 8, 8], config)[place][0], alone[0])
 
 
 @pytest.mark.parametrize("config", [GREEDY, BEAM], ids=["greedy", "beam"])
 def test_no_text_is_longer_than_its_bound(model: SpeechLlm, config: DecodeConfig) -> None:
     limits = [1, 2, 3, 4]
-    for limit, nbest in zip(limits, search(model.lm, spliced(model, rows()), limits, config), strict=True):
+    for limit, nbest in zip(limits, found(model, rows(), limits, config), strict=True):
         for hypothesis in nbest:
             assert len(hypothesis.tokens) <= limit
             assert len(hypothesis.log_probs) == len(hypothesis.tokens) + hypothesis.ended
@@ -132,7 +138,7 @@ def test_no_text_is_longer_than_its_bound(model: SpeechLlm, config: DecodeConfig
 
 def test_log_probabilities_are_the_models_own(model: SpeechLlm) -> None:
     start = spliced(model, rows()[:1])
-    ((best, *_),) = search(model.lm, start, [6], BEAM)
+    ((best, *_),) = found(model, rows()[:1], [6], BEAM)
     assert best.log_probs == pytest.approx(scores_of(model.lm, start, (*best.tokens, *([END] * best.ended))), abs=1e-4)
     assert best.log_prob == pytest.approx(sum(best.log_probs))
 
@@ -150,7 +156,7 @@ def scores_of(lm: LanguageModel, start: Spliced, tokens: tuple[int, ...]) -> lis
 def test_the_best_come_first(model: SpeechLlm) -> None:
     for penalty in (0.0, 1.0, -1.0):
         config = DecodeConfig(beam=3, length_penalty=penalty)
-        for nbest in search(model.lm, spliced(model, rows()), [6] * len(FRAMES), config):
+        for nbest in found(model, rows(), [6] * len(FRAMES), config):
             order = [(hypothesis.ended, hypothesis.rank(penalty)) for hypothesis in nbest]
             assert order == sorted(order, reverse=True)
             assert len({hypothesis.tokens for hypothesis in nbest if hypothesis.ended}) == sum(
@@ -165,6 +171,7 @@ class TinyVocabulary:
 
     def __init__(self, lm: LanguageModel, sharpness: float) -> None:
         self.model, self.tokenizer, self.lm, self.sharpness = lm.model, lm.tokenizer, lm, sharpness
+        self.embed = lm.embed
 
     def logits(self, hidden_xd: torch.Tensor) -> torch.Tensor:
         scores_xv = self.lm.logits(hidden_xd)
@@ -203,7 +210,7 @@ def test_a_beam_of_three_finds_the_best_of_all_short_texts(
     config = DecodeConfig(beam=3, length_penalty=penalty)
     for frames_eh in rows():
         start = spliced(model, [frames_eh])
-        ((best, *_),) = search(lm, start, [3], config)  # type: ignore[arg-type] # stands in for a model
+        ((best, *_),) = found(model, [frames_eh], [3], config, lm)
         assert (*best.tokens, *([END] * best.ended)) == brute_force(lm, start, 3, penalty)
 
 
@@ -221,13 +228,17 @@ def test_a_beam_of_three_finds_the_best_of_all_short_texts(
 def test_a_search_ends_when_no_live_text_can_come_among_the_best(
     live: list[float], penalty: float, *, done: bool
 ) -> None:
-    utterance = _Utterance(
+    config = DecodeConfig(beam=3, length_penalty=penalty)
+    utterance = Search(
         max_tokens=10,
+        config=config,
+        end=END,
         live=[Hypothesis((5,), (score,), ended=False) for score in live],
         finished=[Hypothesis((6,), (score / 2, score / 2), ended=True) for score in (-5.0, -7.0, -6.0)],
     )
-    assert utterance.done(DecodeConfig(beam=3, length_penalty=penalty)) is done
-    assert utterance.done(DecodeConfig(beam=4, length_penalty=penalty)) is (not live)
+    assert utterance.done() is done
+    wider = replace(utterance, config=config.model_copy(update={"beam": 4}))
+    assert wider.done() is (not live)
 
 
 def test_a_finished_text_is_ranked_by_its_tokens_to_the_power_of_the_penalty() -> None:
@@ -244,7 +255,11 @@ def test_a_text_is_one_line_without_special_tokens(folders: dict[str, Path]) -> 
     model = speech_llm(folders, "llama")
     ids = model.lm.tokenizer(" 今日は\n\n 雨　です ", add_special_tokens=False)["input_ids"]
     text = to_text(model, Hypothesis((*ids, 1), tuple([-0.5] * (len(ids) + 2)), ended=True))
-    assert text == Text("今日は 雨 です", -0.5 * (len(ids) + 2), len(ids) + 2, ended=True)
+    assert (text.text, text.log_prob, text.num_tokens) == ("今日は 雨 です", -0.5 * (len(ids) + 2), len(ids) + 2)
+    assert text.ended
+    assert text.confidence == pytest.approx(math.exp(-0.5))
+    assert "".join(text.pieces) == " 今日は\n\n 雨　です "
+    assert text.probs == pytest.approx([math.exp(-0.5)] * (len(ids) + 1), abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 9])
@@ -261,11 +276,10 @@ def test_utterances_are_decoded_the_short_ones_first_whatever_the_batch(
         return pad_frames([frames[key] for key in utt_ids], tiny.CPU)
 
     config = DecodeConfig(batch_size=batch_size, extra_tokens=6)
-    texts = {key: nbest for batch in decode(model, durations, fetch, config) for key, nbest in batch.items()}
+    texts = decode(model, durations, fetch, config)
     assert list(itertools.chain(*asked)) == ["b", "c", "a", "d"]
-    assert {len(batch) for batch in asked[:-1]} <= {batch_size}
     for key, matrix in frames.items():
         limit = max_tokens(config, durations[key])
-        ((alone,),) = search(model.lm, spliced(model, [matrix]), [limit], config)
+        ((alone,),) = found(model, [matrix], [limit], config)
         assert texts[key][0].text == to_text(model, alone).text
         assert math.isclose(texts[key][0].log_prob, alone.log_prob, abs_tol=1e-3)
