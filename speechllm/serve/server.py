@@ -1,0 +1,100 @@
+"""Runs the server: one process, one model, until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+from speechllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import uvicorn
+    from fastapi import FastAPI
+
+    from speechllm.serve.limits import Limits
+
+LOG = logging.getLogger(__name__)
+STOP_S = 10
+
+
+def check_packages() -> None:
+    """Refuse to start where the packages of the server are missing, before a model is loaded.
+
+    Raises:
+        ConfigError: with the line that installs them.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("serve", f"the package {error.name} is not installed", "pip install -e '.[serve]'") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is taken, or not of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port}", f"cannot listen ({error})", "take another --host or --port") from error
+
+
+def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """Return a server for `app` that bounds connections and the time in which a request must begin."""
+    import uvicorn
+
+    from speechllm.serve.protocol import guarded
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=guarded(limits.headers_s),
+            ws="none",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=2 * limits.max_queue + 64,
+            timeout_graceful_shutdown=STOP_S,
+        )
+    )
+
+
+def serve(model: Path | None, host: str, port: int, limits: Limits, language: str) -> None:
+    """Load the model in a folder and answer requests until the process is stopped.
+
+    Raises:
+        ConfigError: packages are missing, the address cannot be listened at, or there is no model by default.
+        ModelError: the folder holds no model.
+    """
+    check_packages()
+    with listen(host, port) as sock:
+        from speechllm.recognizer import SpeechLLM
+        from speechllm.serve.app import create_app
+        from speechllm.serve.service import Service
+        from speechllm.transcribe import model_folder
+
+        folder = model_folder(model)
+        service = Service(SpeechLLM.from_pretrained(folder), limits, name=model_name(folder), language=language)
+        shown = f"[{host}]" if ":" in host else host
+        LOG.info("event=listening url=http://%s:%d model=%s", shown, sock.getsockname()[1], service.name)
+        try:
+            asyncio.run(make_server(create_app(service), limits).serve(sockets=[sock]))
+        finally:
+            service.batches.join(STOP_S)  # a thread that is cut off inside the model can crash the process
+
+
+def model_name(folder: Path) -> str:
+    """Return the name under which a model is served: that of its experiment, or of its folder."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name

@@ -1,0 +1,113 @@
+"""Random uploads: always an answer in OpenAI's shape, never a fault of ours, and the server lives."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from bombs import flac_bomb
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running import PATH, FakeModel, Running, numbered, serving, wav
+
+from speechllm.serve.limits import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import httpx
+
+# more by the environment: SPEECHLLM_FUZZ=10000
+EXAMPLES = int(os.environ.get("SPEECHLLM_FUZZ", "150"))
+REFUSED = {400, 404, 413, 415, 422}
+SOUND = wav(numbered(3))
+SEEDS = (SOUND, wav(numbered(3), "FLAC"), wav(numbered(3), "AIFF"), wav(numbered(3), "CAF"), flac_bomb(3, 1000))
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nmini\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n'
+    + SOUND
+    + b"\r\n--b--\r\n"
+)
+HEADERS = FORM.index(b"RIFF")
+often = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(FakeModel(), Limits(rate_per_min=0, max_bytes=100_000, max_seconds=60, upload_s=5)) as running:
+        yield running
+        assert running.alive()
+
+
+@st.composite
+def changed(draw: st.DrawFn, whole: bytes, first: int = 0, last: int | None = None) -> bytes:
+    """Return the bytes with a few of them changed, taken out, doubled, or cut off."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 6))):
+        at = draw(st.integers(first, min(last or len(data), len(data) - 1))) if data else 0
+        piece = draw(st.binary(max_size=8))
+        data[at : at + draw(st.integers(0, 8))] = piece
+    if draw(st.booleans()) and draw(st.booleans()):
+        del data[draw(st.integers(0, len(data))) :]
+    return bytes(data)
+
+
+def check(answer: httpx.Response) -> None:
+    assert answer.status_code == 200 or answer.status_code in REFUSED, answer.text
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@often
+@given(data=st.one_of([changed(seed, last=200) for seed in SEEDS] + [st.binary(max_size=300)]))
+def test_changed_files(running: Running, data: bytes) -> None:
+    check(running.post(data))
+
+
+@often
+@given(body=st.one_of(changed(FORM, last=HEADERS), st.binary(max_size=300)))
+def test_changed_forms(running: Running, body: bytes) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    check(running.client.post(PATH, content=body, headers=headers))
+
+
+@often
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(
+            [
+                "model",
+                "language",
+                "prompt",
+                "response_format",
+                "temperature",
+                "stream",
+                "timestamp_granularities[]",
+                "x",
+            ]
+        ),
+        st.text(max_size=60),
+        max_size=4,
+    )
+)
+def test_any_fields(running: Running, fields: dict[str, str]) -> None:
+    check(running.post(SOUND, **fields))
+
+
+@often
+@given(
+    request=st.one_of(
+        st.binary(max_size=200),
+        changed(
+            b"POST "
+            + PATH.encode()
+            + b" HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 3\r\n\r\n--b"
+        ),
+    )
+)
+def test_changed_requests(running: Running, request: bytes) -> None:
+    with running.raw(request) as connection:
+        connection.shutdown(1)
+        answer = connection.recv(12)
+    assert answer == b"" or (answer.startswith(b"HTTP/1.1 ") and not answer.startswith(b"HTTP/1.1 5"))
