@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
 from speechllm.config import load as configs
 from speechllm.errors import ModelError
-from speechllm.model import hub, lm
+from speechllm.model import hub, lm, packed
 from speechllm.model.encoder import load_encoder
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
@@ -41,6 +41,9 @@ class Origin:
     lm_fingerprint: str
     kept_ids: tuple[int, ...] | None
     """Token ids of a cut vocabulary."""
+    encoder_weights: str | None = None
+    """Fingerprints of the weights alone, which a packed folder says too; see `hub.resolve_trained_on`."""
+    lm_weights: str | None = None
 
 
 def origin_of(config: Config, width_h: int, encoder_fingerprint: str, texts: Sequence[str]) -> Origin:
@@ -58,10 +61,7 @@ def assemble(config: Config, origin: Origin, dtype: str, encoder: SpeechEncoder 
     Raises:
         ModelError: the language model is not the one of `origin`.
     """
-    found = hub.resolve(config.lm.name, config.lm.revision)
-    if found.fingerprint != origin.lm_fingerprint:
-        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
-        raise ModelError(found.folder, what, "use the language model that it was trained with")
+    found = find_lm(config, origin)
     device = pick_device(config.device)
     language_model = lm.load_lm(found, dtype, device, origin.kept_ids, config.lm.quantize)
     torch.manual_seed(derive_seed("weights", config.seed))
@@ -78,13 +78,27 @@ def assemble(config: Config, origin: Origin, dtype: str, encoder: SpeechEncoder 
     return SpeechLlm(projector.to(device), language_model, form, encoder)
 
 
+def find_lm(config: Config, origin: Origin) -> hub.Resolved:
+    """Return where the language model is that a model was trained with.
+
+    Raises:
+        ModelError: the one found is another.
+    """
+    found = hub.resolve_trained_on(config.lm.name, config.lm.revision, origin.lm_fingerprint, origin.lm_weights)
+    if found.fingerprint != origin.lm_fingerprint:
+        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
+        raise ModelError(found.folder, what, "use the language model that it was trained with")
+    return found
+
+
 def find_encoder(config: Config, origin: Origin) -> hub.Resolved:
     """Return where the encoder is that a model was trained with.
 
     Raises:
         ModelError: the one found is another.
     """
-    found = hub.resolve(config.encoder.name, config.encoder.revision)
+    name, revision = config.encoder.name, config.encoder.revision
+    found = hub.resolve_trained_on(name, revision, origin.encoder_fingerprint, origin.encoder_weights)
     if found.fingerprint != origin.encoder_fingerprint:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with"
         raise ModelError(found.folder, what, "use the encoder that it was trained with")
@@ -118,23 +132,25 @@ def read_model(folder: Path) -> tuple[Config, Origin]:
     for name in (MODEL_FILE, TRAINED_FILE):
         if not (folder / name).is_file():
             raise ModelError(folder, f"holds no trained model ({name} is missing)", "run stage 3 first")
-    return configs.load(folder / CONFIG_FILE), _read_origin(folder)
+    config = packed.as_packed(folder, folder / MODEL_FILE, configs.load(folder / CONFIG_FILE))
+    return config, _read_origin(folder)
 
 
-def load_model(folder: Path, device: str | None = None) -> SpeechLlm:
+def load_model(folder: Path, device: str | None = None, dtype: str | None = None) -> SpeechLlm:
     """Return a trained model in the precision of decoding.
 
     The adapter is merged into float32 weights; beside smaller ones it stays apart, for rounding would lose it.
 
-    `device` stands in for the configured one.
+    `device` and `dtype` stand in for the configured ones.
 
     Raises:
-        ModelError: the folder is not whole, or the base models are not those it was trained with.
+        ModelError: the folder is not whole or damaged, or the base models are not those it was trained with.
     """
     config, origin = read_model(folder)
     if device is not None:
         config = config.model_copy(update={"device": device})
-    model = assemble(config, origin, config.decode.dtype)
+    packed.check_sums(folder, packed.weight_files(folder))
+    model = assemble(config, origin, dtype or config.decode.dtype)
     state = load_tensors(folder / TRAINED_FILE)
     check_keys(folder / TRAINED_FILE, state, model.trainable_state())
     model.load_trainable(state)
@@ -148,7 +164,7 @@ def _read_origin(folder: Path) -> Origin:
         what = f"has format {content.get('format')}, this version reads {FORMAT}"
         raise ModelError(folder / MODEL_FILE, what, "train again or use the version that made it")
     for field in fields(Origin):
-        if field.name not in content:
+        if field.default is MISSING and field.name not in content:
             raise ModelError(folder / MODEL_FILE, f"has no {field.name}", "train again or copy the folder again")
     kept = content["kept_ids"]
     assert kept is None or isinstance(kept, list)
@@ -157,4 +173,10 @@ def _read_origin(folder: Path) -> Origin:
         encoder_fingerprint=str(content["encoder_fingerprint"]),
         lm_fingerprint=str(content["lm_fingerprint"]),
         kept_ids=None if kept is None else tuple(int(index) for index in kept),
+        encoder_weights=_text(content.get("encoder_weights")),
+        lm_weights=_text(content.get("lm_weights")),
     )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -63,6 +63,26 @@ def resolve(name: str, revision: str | None = None) -> Resolved:
     found = Resolved(name, folder, source, licence, fingerprint(folder))
     _announce(name, source, licence)
     return found
+
+
+def resolve_trained_on(name: str, revision: str | None, wanted: str, weights: str | None = None) -> Resolved:
+    """Return model `name` of the fingerprint `wanted`; where none has it, what `resolve` finds.
+
+    A folder or the model hub comes first, and may hold other weights than the package that a model was trained on.
+    `weights` is the fingerprint of the weights alone: a package's conversion that has it is the same model, though
+    another release of transformers wrote its config.json.
+    """
+    found = resolve(name, revision)
+    if found.fingerprint == wanted or revision is not None:
+        return found
+    if name not in packaged.PACKAGED or not packaged.is_installed(name):
+        return found
+    folder = _convert(name)
+    if fingerprint(folder) != wanted and (weights is None or weights_fingerprint(folder) != weights):
+        return found
+    source = packaged.PACKAGED[name].source
+    _announce(name, source, found.licence)
+    return replace(found, folder=folder, source=source, fingerprint=wanted)
 
 
 @functools.cache
@@ -176,7 +196,15 @@ def _convert(name: str) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """Return 16 hexadecimal digits over config.json and the sizes and edges of the weight files."""
-    digest = hashlib.sha256(_canonical_config(folder))
+    return _with_weights(hashlib.sha256(_canonical_config(folder)), folder)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return 16 hexadecimal digits over the sizes and edges of the weight files alone."""
+    return _with_weights(hashlib.sha256(), folder)
+
+
+def _with_weights(digest: hashlib._Hash, folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.suffix in WEIGHT_SUFFIXES:
             digest_edges(digest, path.name, path)

@@ -5,7 +5,7 @@
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-stage_names=(data dump train decode score)
+stage_names=(data dump train decode score pack)
 
 usage() {
   cat <<HELP
@@ -192,6 +192,14 @@ Where to look next, in $PWD:
   exp/$exp/metrics.jsonl, tensorboard   loss and dev CER as they went
   $top/.venv/bin/speechllm trace UTT_ID --exp exp/$exp   one utterance's way through everything (ids: data/$eval_set/text)
 NEXT
+}
+
+stage_pack() {
+  if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
+  local options=()
+  if [[ -f exp/$exp/$decoded/score.json ]]; then options+=(--scores "exp/$exp/$decoded/score.json"); fi
+  if [[ -f conf/$conf.md ]]; then options+=(--notes "conf/$conf.md"); fi # of the data and their licence, for the card
+  go speechllm pack --exp "exp/$exp" --out "exp/$exp/packed" --name "$exp" "${options[@]}"
 }
 
 for ((index = stage; index <= stop_stage; index++)); do
