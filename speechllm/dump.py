@@ -1,13 +1,12 @@
 """Stage 2: frozen-encoder features of a data directory, in shards that a killed run need not make again.
 
 Each shard is an archive (`data.archive`) and a mark beside it, written last, which says that it is whole: the SHA-256
-of the archive, its size and time, and the frames and checksum of every utterance.
+of the archive, its size and time, and the frames and checksum of every utterance, or why its sound could not be read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import filecmp
 import functools
 import itertools
 import json
@@ -17,19 +16,19 @@ import multiprocessing
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from speechllm import dump_tables as tables
 from speechllm.data import archive, kaldi
 from speechllm.errors import DataError, ModelError
 from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.model import hub
 from speechllm.model.identity import identity
 from speechllm.runtime import (
-    atomic_path,
     hash_texts,
     pick_device,
     provenance,
@@ -53,13 +52,26 @@ log = logging.getLogger(__name__)
 UTTS_PER_SHARD = 256
 MAX_WORKERS = 256
 SHARDS_TOGETHER = 8  # that a process with a GPU makes in one go, so that the GPU has its next batch at any time
-COPIED_TABLES = ("text", "utt2spk", "spk2utt", "utt2group", "wav.scp", "segments")
 MARK = "dump.json"
 PARTS = ".parts"
+PIPED = ".piped"
 BEGIN_WAIT_S = 30.0  # for other parts to note what the folder is made from
 
 Part = tuple[int, int]
 """Which part of the shards, counted from 0, and of how many."""
+
+
+@dataclass(frozen=True)
+class Leeway:
+    """What a dump may do that it does not by itself."""
+
+    max_dropped: float = 0.0
+    """Part of the utterances that may be left out because their sounds cannot be read."""
+    allow_pipes: bool = False
+    """Whether commands in ``wav.scp`` are run."""
+
+
+STRICT = Leeway()
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Shard:
     encoder: EncoderConfig
     device: str
     threads: int = 1
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Utterances that are left out, each with the reason."""
 
     @property
     def ark(self) -> Path:
@@ -89,8 +103,22 @@ class Shard:
         """Return the file that says that the archive is whole."""
         return self.out / f"feats.{self.number:04d}.json"
 
+    def left_out(self) -> dict[str, str]:
+        """Return the utterances that were left out when it was made, each with the reason."""
+        noted = read_json(self.mark).get("dropped")
+        return noted if isinstance(noted, dict) else {}
 
-def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers: int, part: Part | None = None) -> int:
+
+def dump(  # noqa: PLR0913 - the last by keyword
+    encoder: EncoderConfig,
+    device: str,
+    data_dir: Path,
+    out: Path,
+    workers: int,
+    part: Part | None = None,
+    *,
+    leeway: Leeway = STRICT,
+) -> int:
     """Write the features of `data_dir` to `out` and return the number of utterances.
 
     Shards that are whole are kept: those of an interrupted run, and those of a run that was complete. An archive counts
@@ -100,12 +128,17 @@ def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers
     Of a `part` only every n-th shard is made. Several processes may make theirs in one folder at a time; the run
     without `part` that comes after them makes what is missing and writes the tables.
 
+    An utterance whose sound cannot be read is left out and listed in ``dropped.tsv``; the rest is made.
+
     Raises:
-        DataError: the data are at fault, or `out` was made from other data or with another encoder.
+        DataError: the data are at fault, more is left out than `leeway` says, or `out` was made from other data or with
+            another encoder.
     """
-    data = kaldi.load(data_dir)
+    data = kaldi.load(data_dir, piped=out / PIPED if leeway.allow_pipes else None)
     record = _record(encoder, data)
     with _only_writer(out, part):
+        if part is None:
+            _sweep(out)
         complete = is_made(out / MARK, record)
         shards = _shards(encoder, device, data, out, record)
         mine = shards if part is None else shards[part[0] :: part[1]]
@@ -116,12 +149,13 @@ def dump(encoder: EncoderConfig, device: str, data_dir: Path, out: Path, workers
         log.info("dump utts=%d shards=%d done=%d", len(data), len(mine), len(mine) - len(waiting))
         _write_all(waiting, workers)
         if part is None:
-            _merge(data, out, shards, new=not complete)
+            dropped = tables.tell_dropped(out, shards, len(data), leeway.max_dropped)
+            tables.merge(data, out, shards, dropped, new=not complete)
         if part is None and not complete:
             found = hub.resolve(encoder.name, encoder.revision)
             write_json(out / "provenance.json", provenance({"encoder": found.record()}))
             finish(out / MARK)
-    return sum(len(shard.utterances) for shard in mine)
+    return sum(len(shard.keys - shard.left_out().keys()) for shard in mine)
 
 
 def _record(encoder: EncoderConfig, data: kaldi.DataDir) -> dict[str, object]:
@@ -153,6 +187,12 @@ def _only_writer(out: Path, part: Part | None) -> Iterator[None]:
         else:
             stack.enter_context(only_writer(out / PARTS / f"{part[0] + 1}-of-{part[1]}"))
         yield
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs had begun under temporary names; no other process writes here."""
+    for left_over in out.glob(".*.tmp"):
+        left_over.unlink()
 
 
 def _begin(out: Path, record: Mapping[str, object], part: Part | None) -> None:
@@ -199,7 +239,8 @@ def _is_whole(shard: Shard) -> bool:
         return False
     try:
         mark = read_json(shard.mark)
-        if mark.get("fingerprint") != shard.fingerprint or archive.places(scp).keys() != shard.keys:
+        made = archive.places(scp).keys()
+        if mark.get("fingerprint") != shard.fingerprint or made != shard.keys - shard.left_out().keys():
             return False
         if mark.get("seen") == _seen(shard.ark):
             return True
@@ -247,7 +288,35 @@ def _gpus(device: str) -> int:
 
 
 def _write_shards(shards: Sequence[Shard]) -> int:
-    """Make shards one after another, and return how many utterances they hold.
+    """Make shards, without the utterances whose sounds cannot be read, and return how many they were to hold."""
+    try:
+        _encode_shards(shards)
+    except DataError:
+        waiting = [shard for shard in shards if not _is_whole(shard)]
+        readable = [_without_faulty(shard) for shard in waiting]
+        if readable == waiting or not all(shard.utterances for shard in readable):  # another fault, or nothing is left
+            raise
+        _encode_shards(readable)
+    return sum(len(shard.utterances) for shard in shards)
+
+
+def _without_faulty(shard: Shard) -> Shard:
+    """Return a shard with those of its utterances whose sounds can be read; only what failed is read twice."""
+    from speechllm.model.encoder import read_for
+
+    encoder = _encoder_of(shard)
+    faults = {}
+    for utt in shard.utterances:
+        try:
+            read_for(encoder, utt)
+        except DataError as error:
+            faults[utt.utt_id] = str(error)
+    kept = tuple(utt for utt in shard.utterances if utt.utt_id not in faults)
+    return replace(shard, utterances=kept, dropped={**shard.dropped, **faults})
+
+
+def _encode_shards(shards: Sequence[Shard]) -> None:
+    """Make shards one after another.
 
     Each is encoded into a temporary archive. While the next one is, that is checked and renamed, and its mark written.
     """
@@ -258,7 +327,7 @@ def _write_shards(shards: Sequence[Shard]) -> int:
     first = shards[0]
     torch.set_num_threads(first.threads)
     device = _own_device(first.device)
-    encoder = _encoder(first.encoder, hub.resolve(first.encoder.name, first.encoder.revision), device)
+    encoder = _encoder_of(first)
     dtype = torch.float16 if first.encoder.stored == "float16" else torch.float32
     seconds, least_s = BATCH_SECONDS[device.type], PADDED_S if first.encoder.pad_to_30s else 0.0
     batches = (batch for shard in shards for batch in like_lengths(shard.utterances, seconds, least_s))
@@ -272,7 +341,6 @@ def _write_shards(shards: Sequence[Shard]) -> int:
             )
     for job in jobs:
         job.result()
-    return sum(len(shard.utterances) for shard in shards)
 
 
 def _temporary(shard: Shard) -> Path:
@@ -288,6 +356,7 @@ def _finish(shard: Shard, partial: Path, frames: Mapping[str, int]) -> None:
     """Put an archive that is whole in its place, and write its mark last."""
     assert frames.keys() == shard.keys
     made = {"sha256": sha256(partial), "crc32": archive.checksums(partial), "frames": dict(frames)}
+    made |= {"dropped": dict(shard.dropped)} if shard.dropped else {}
     with partial.open("rb") as written:
         os.fsync(written.fileno())
     partial.replace(shard.ark)
@@ -313,45 +382,14 @@ def _turn(process_name: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def _encoder_of(shard: Shard) -> SpeechEncoder:
+    found = hub.resolve(shard.encoder.name, shard.encoder.revision)
+    return _encoder(shard.encoder, found, _own_device(shard.device))
+
+
 @functools.lru_cache(maxsize=1)
 def _encoder(config: EncoderConfig, found: hub.Resolved, device: torch.device) -> SpeechEncoder:
     """Return the encoder, which a process loads once for all its shards."""
     from speechllm.model.encoder import load_encoder
 
     return load_encoder(config, found, device)
-
-
-def _merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard], *, new: bool) -> None:
-    """Write the tables of the folder, those of a folder that was complete only where they are not as they should be."""
-    places: dict[str, str] = {}
-    frames: dict[str, str] = {}
-    crcs: dict[str, str] = {}
-    for shard in shards:
-        places |= kaldi.read_table(shard.ark.with_suffix(".scp"))
-        for table, name in ((frames, "frames"), (crcs, "crc32")):
-            values = read_json(shard.mark)[name]
-            assert isinstance(values, dict)
-            table |= {key: str(value) for key, value in values.items()}
-    assert places.keys() == data.utterances.keys()
-    _copy_tables(data, out)
-    if new or not (out / "utt2dur").is_file():
-        kaldi.write_table(out / "utt2dur", {key: f"{utt.duration_s():.4f}" for key, utt in data.utterances.items()})
-    _put_table(out / "utt2num_frames", frames)
-    _put_table(out / "utt2crc", crcs)
-    _put_table(out / "feats.scp", places)
-
-
-def _put_table(path: Path, table: Mapping[str, str]) -> None:
-    with contextlib.suppress(DataError):
-        if kaldi.read_table(path) == table:
-            return
-    kaldi.write_table(path, table)
-
-
-def _copy_tables(data: kaldi.DataDir, out: Path) -> None:
-    """Copy the tables that features do not depend on; a mended transcript reaches a finished dump this way."""
-    for name in COPIED_TABLES:
-        source, target = data.path / name, out / name
-        if source.exists() and not (target.exists() and filecmp.cmp(source, target, shallow=False)):
-            with atomic_path(target) as temporary:
-                shutil.copyfile(source, temporary)

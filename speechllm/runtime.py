@@ -170,7 +170,7 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in a file of JSON lines that was written line by line, up to one that a kill cut short."""
     entries: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold U+2028
             try:
                 entries.append(json.loads(line))
             except ValueError:

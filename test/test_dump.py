@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from speechllm.config.schema import EncoderConfig
 from speechllm.data import archive, audio, kaldi
 from speechllm.data.archive import Store
 from speechllm.data.dataset import FeatureSet
-from speechllm.dump import MARK, dump
+from speechllm.dump import MARK, Leeway, dump
 from speechllm.errors import ConfigError, DataError
 from speechllm.folders import only_writer
 from speechllm.model.encoder import load_encoder
@@ -527,6 +527,27 @@ def test_shards_that_are_made_together_are_those_made_alone(setting: Setting, tm
     run(setting, out)
     assert made == []
     assert files(out) == files(setting.done)
+
+
+def test_a_sound_that_cannot_be_read_costs_only_its_own_features(
+    setting: Setting, tmp_path: Path, made: list[int]
+) -> None:
+    """Of shards that are made together, too; what is whole already is not made again."""
+    spoilt = replace(setting, data=tiny.data_folder(tmp_path / "in", SAMPLES))
+    (tmp_path / "in/wav/e.wav").write_bytes(b"no sound")
+    out = tmp_path / "out"
+    assert dumping._write_shards(shards_of(spoilt, out)) == len(SAMPLES)
+    made.clear()
+    config = EncoderConfig(name=str(setting.wavlm))
+    for leeway in (Leeway(0.1), dumping.STRICT):
+        with pytest.raises(DataError, match=r"1 of 5 sounds cannot be read .*, first .*e\.wav.* is not audio"):
+            dump(config, "cpu", spoilt.data, out, 1, leeway=leeway)
+    assert dump(config, "cpu", spoilt.data, out, 1, leeway=Leeway(0.2)) == len(SAMPLES) - 1
+    assert made == []
+    kept, whole = FeatureSet(out), FeatureSet(setting.done)
+    assert list(kept.examples) == [key for key in whole.examples if key != "e"]
+    for key in kept.examples:
+        np.testing.assert_allclose(kept.frames(key), whole.frames(key), rtol=2**-10, atol=1e-4)
 
 
 @pytest.mark.parametrize(("workers", "sizes"), [(1, [8, 8, 8, 6]), (2, [8, 8, 8, 6]), (9, [8, 8, 8, 6])])

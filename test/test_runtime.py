@@ -133,6 +133,15 @@ def test_provenance_says_versions_and_arguments(monkeypatch: pytest.MonkeyPatch)
     json.dumps(record)
 
 
+@pytest.mark.parametrize("torn", ["", "{", '{"text": "'])
+def test_lines_of_a_killed_run_are_read_up_to_the_one_cut_short(tmp_path: Path, torn: str) -> None:
+    entries = [{"text": "朝\u2028です\x85"}, {"text": "夜"}]  # neither ends a line
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    (tmp_path / "a.jsonl").write_text("".join(lines) + torn, encoding="utf-8")
+    assert runtime.read_whole_lines(tmp_path / "a.jsonl") == entries
+    assert runtime.read_whole_lines(tmp_path / "none") == []
+
+
 def test_an_error_is_one_line_of_three_parts(tmp_path: Path) -> None:
     error = UserError(tmp_path / "a", "two\nlines", " and\tblanks ")
     assert str(error) == f"{tmp_path}/a: two lines; and blanks"

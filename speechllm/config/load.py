@@ -19,9 +19,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_YAML_BYTES = 1 << 20
+MAX_DEPTH = 50  # of lists and mappings in each other: PyYAML's scanner takes time in the square of it
 EXTENDS = "extends"
 PLAIN_NAME = re.compile(r"[\w-]+\.yaml")
 REFUSED = {yaml.AliasToken: "aliases are", yaml.TagToken: "tags are"}
+OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,8 +95,13 @@ def read_yaml(path: Path) -> Any:
 
 def _parse(text: str, name: str) -> Any:
     """Return what a YAML text says; messages call it `name`."""
+    depth = 0
     try:
         for token in yaml.scan(text):
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > MAX_DEPTH:
+                where = f"{name}:{token.start_mark.line + 1}"
+                raise ConfigError(where, f"is nested more than {MAX_DEPTH} deep", "give a configuration")
             if type(token) in REFUSED:
                 where = f"{name}:{token.start_mark.line + 1}"
                 raise ConfigError(where, f"{REFUSED[type(token)]} not read", "write the value out")

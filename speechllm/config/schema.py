@@ -230,6 +230,8 @@ class DecodeConfig(Section):
     """Tokens allowed whatever the duration."""
     min_tokens: Annotated[int, Field(ge=0, le=100)] = 0
     """Fewest tokens before the end of the text is allowed."""
+    join_s: Annotated[float, Field(ge=1.0, le=30.0)] = 30.0
+    """Stretches of speech of a recording are joined to at most this: about the longest sounds of the training set."""
     mend_loops: bool = True
     """Decode a text that repeats itself again, without more repetitions than people say; it is flagged."""
     normalize: str = "raw"

@@ -30,6 +30,7 @@ import numpy as np
 
 from speechllm.data.kaldi import read_table, write_table
 from speechllm.errors import DataError
+from speechllm.runtime import naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,7 +66,7 @@ def write_archive(ark: Path, items: Iterable[tuple[str, NDArray[Any]]], stored: 
     """
     frames = {}
     table = {}
-    with ark.open("wb") as stream:
+    with naming(ark), ark.open("wb") as stream:
         for key, frames_eh in items:
             table[key] = f"{ark.name}:{stream.tell() + len(key.encode()) + 1}"  # the value stands behind key and blank
             kaldiio.save_ark(stream, {key: pack(key, frames_eh, stored)}, write_function="numpy")

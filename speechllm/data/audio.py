@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 SAMPLE_RATE_HZ = 16_000
 MIN_SAMPLE_RATE_HZ = 4_000
 MAX_SAMPLE_RATE_HZ = 192_000
@@ -26,6 +29,7 @@ MAX_RESAMPLE_TAPS = 1 << 24
 READ_AGAIN = "replace the file or take it out of wav.scp"
 # libsndfile reads a file that was cut short as a shorter one, and says so only in its log
 CUT_SHORT = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+SILENT_MIX = 0.01  # of the loudest channel: what is left when channels cancel each other
 MAX_STREAMED_BYTES = 0x7FFF0000  # programs that write into a pipe put this or more where the size is not known yet
 
 
@@ -100,7 +104,14 @@ def read(path: Path, start_s: float = 0.0, end_s: float | None = None) -> NDArra
         raise DataError(path, what, READ_AGAIN)
     if not np.isfinite(wave).all():
         raise DataError(path, "holds samples that are NaN or infinite", READ_AGAIN)
-    return resample(wave.mean(axis=1), info.sample_rate_hz, SAMPLE_RATE_HZ)
+    mixed = wave.mean(axis=1)
+    if info.num_channels > 1 and _loudness(mixed) < SILENT_MIX * max(map(_loudness, wave.T)):
+        log.warning("channels cancel each other in %s: their mean is silent; keep one of them", path)
+    return resample(mixed, info.sample_rate_hz, SAMPLE_RATE_HZ)
+
+
+def _loudness(wave: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64))))
 
 
 def resample(wave: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.data import audio
+from speechllm.data import audio, pipes, segments
 from speechllm.errors import DataError
 from speechllm.runtime import hash_texts, write_text
 
@@ -176,23 +176,24 @@ def wav_path(where: str, value: str) -> Path:
         DataError: it is a pipe (never run here) or empty.
     """
     if value.endswith("|"):
-        raise DataError(where, "is a command, which is never run", "write its output to a file and name that")
+        raise DataError(where, "is a command, which is not run", f"{pipes.WRITE_A_FILE}, or see --allow-pipes")
     if not value:
         raise DataError(where, "names no audio file", "add its path")
     return Path(value)
 
 
-def load(path: Path, *, need_text: bool = True, on_fault: OnFault = _raise) -> DataDir:
+def load(path: Path, *, need_text: bool = True, on_fault: OnFault = _raise, piped: Path | None = None) -> DataDir:
     """Return the data directory at `path`, its files joined by id.
 
-    Where `on_fault` returns, what is at fault is left out.
+    Where `on_fault` returns, what is at fault is left out. Commands in ``wav.scp`` are run where `piped` names a folder
+    for what they write.
 
     Raises:
         DataError: a file is missing or malformed, or the files disagree about the utterances.
     """
     if not path.is_dir():
         raise DataError(path, "no such data directory", "run stage 1, or mend the path")
-    wavs = _read_wavs(path, on_fault)
+    wavs = _read_wavs(path, on_fault, piped)
     spans = _read_segments(path, wavs, on_fault)
     texts = read_table(path / "text", on_fault) if need_text or (path / "text").exists() else {}
     speakers = read_table(path / "utt2spk", on_fault) if (path / "utt2spk").exists() else {}
@@ -211,13 +212,20 @@ def load(path: Path, *, need_text: bool = True, on_fault: OnFault = _raise) -> D
     )
 
 
-def _read_wavs(path: Path, on_fault: OnFault) -> dict[str, Path]:
+def _read_wavs(path: Path, on_fault: OnFault, piped: Path | None) -> dict[str, Path]:
     wavs = {}
+    commands = {}
     for key, value in read_table(path / "wav.scp", on_fault).items():
+        where = f"{path}/wav.scp: {key}"
         try:
-            wavs[key] = wav_path(f"{path}/wav.scp: {key}", value)
+            if piped is not None and value.endswith("|"):
+                commands[key] = (where, value)
+            else:
+                wavs[key] = wav_path(where, value)
         except DataError as fault:
             on_fault(fault)
+    if piped is not None and commands:
+        wavs |= pipes.run_all(commands, piped, on_fault)
     return wavs
 
 
@@ -230,23 +238,10 @@ def _read_segments(
     spans: dict[str, tuple[Path, float, float | None]] = {}
     for utt_id, value in read_table(path / "segments", on_fault).items():
         try:
-            spans[utt_id] = _span(f"{path}/segments: {utt_id}", value, wavs)
+            spans[utt_id] = segments.span(f"{path}/segments: {utt_id}", value, wavs)
         except DataError as fault:
             on_fault(fault)
     return spans
-
-
-def _span(where: str, value: str, wavs: Mapping[str, Path]) -> tuple[Path, float, float]:
-    try:
-        recording, start, end = value.split()
-        start_s, end_s = float(start), float(end)
-    except ValueError as error:
-        raise DataError(where, "is not `recording start end`", "write seconds as numbers") from error
-    if recording not in wavs:
-        raise DataError(where, f"{recording} is not in wav.scp", "add it or delete the line")
-    if not 0 <= start_s < end_s <= audio.MAX_DURATION_S:
-        raise DataError(where, f"goes from {start_s} to {end_s} s", "mend its times")
-    return wavs[recording], start_s, end_s
 
 
 def _require_same(
@@ -277,14 +272,14 @@ class Report:
         return f"{self.num_utts} utterances, {self.num_speakers} speakers{hours}, {len(self.faults)} faults"
 
 
-def validate(path: Path, *, with_audio: bool = False) -> Report:
+def validate(path: Path, *, with_audio: bool = False, piped: Path | None = None) -> Report:
     """Return every fault of a data directory, its counts, and its hours.
 
-    Hours come from ``utt2dur``, or from the audio itself where `with_audio` is set.
+    Hours come from ``utt2dur``, or from the audio itself where `with_audio` is set. `piped` is as for `load`.
     """
     report = Report()
     try:
-        data = load(path, on_fault=report.add)
+        data = load(path, on_fault=report.add, piped=piped)
     except DataError as fault:
         report.add(fault)
         return report
@@ -295,6 +290,7 @@ def validate(path: Path, *, with_audio: bool = False) -> Report:
             what = f"{utt.utt_id} has an empty transcript"
             report.add(DataError(path / "text", what, "write it or delete the utterance"))
     _check_order(path, report.add)
+    segments.check_overlaps(data.utterances.values(), path / "segments", report.add)
     _check_spk2utt(data, report.add)
     durations = _given_durations(data, report.add)
     for utt in data.utterances.values():

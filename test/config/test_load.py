@@ -77,7 +77,7 @@ def test_true_is_true(tmp_path: Path) -> None:
         (f"{BASE}\tseed: 1\n", "c.yaml:3: is not YAML (found character '\\t'"),
         (f"{BASE}---\nseed: 1\n", "c.yaml:3: is not YAML (but found another document)"),
         (f"{BASE}prompt: \x00\n", "c.yaml: is not YAML (unacceptable character #x0000"),
-        ("[" * 500, "c.yaml: is not YAML (maximum recursion depth"),
+        ("[" * 500, "c.yaml:1: is nested more than 50 deep; give a configuration"),
         ("", "c.yaml: holds no mapping; see conf/ for examples"),
         ("- a\n", "c.yaml: holds no mapping"),
         (f"{BASE}prompt: 音声\n".encode("shift_jis"), "c.yaml: is not UTF-8 (byte 50); save it as UTF-8"),

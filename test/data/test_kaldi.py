@@ -135,7 +135,9 @@ def test_files_that_disagree_name_the_utterance(tmp_path: Path, tables: dict[str
 def test_a_pipe_is_refused_and_never_run(tmp_path: Path) -> None:
     mark = tmp_path / "was_run"
     folder = _data(tmp_path, wav_scp=f"u1 touch {mark}; cat WAV |\nu2 WAV\n")
-    assert _fault(folder) == ("wav.scp: u1: is a command, which is never run; write its output to a file and name that")
+    assert _fault(folder) == (
+        "wav.scp: u1: is a command, which is not run; write its output to a file and name that, or see --allow-pipes"
+    )
     kaldi.validate(folder, with_audio=True)
     assert not mark.exists()
 
@@ -210,7 +212,7 @@ def test_validate_tells_every_fault(tmp_path: Path) -> None:
     )
     assert [fault.removeprefix(f"{folder}/") for fault in kaldi.validate(folder).faults] == [
         "wav.scp:4: u3 stands here twice; delete one of its lines",
-        "wav.scp: u4: is a command, which is never run; write its output to a file and name that",
+        "wav.scp: u4: is a command, which is not run; write its output to a file and name that, or see --allow-pipes",
         "text:3: is not UTF-8 (byte 4); save it as UTF-8 without byte order mark",
         "utt2spk: u6 has a speaker but no audio in wav.scp; rerun stage 1 or delete the line",
         "text: u2 has an empty transcript; write it or delete the utterance",

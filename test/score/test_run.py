@@ -232,5 +232,5 @@ def test_the_report_holds_its_data_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_command_in_wav_scp_is_refused(tmp_path: Path) -> None:
     audio = write_text_file(tmp_path / "wav.scp", {"a1": "sph2pipe a.sph |"})
-    with pytest.raises(DataError, match="is a command, which is never run"):
+    with pytest.raises(DataError, match="is a command, which is not run"):
         score(tmp_path, REF, HYP, audio=audio)

@@ -88,7 +88,7 @@ def texts_of(model: SpeechLlm, shift: float = 0.0) -> dict[str, str]:
         return frames_beh + shift, frames_b
 
     durations = {str(index): count / 10 for index, count in enumerate(FRAMES)}
-    return {key: best[0].text for batch in decode(model, durations, fetch, SEARCH) for key, best in batch.items()}
+    return {key: best[0].text for key, best in decode(model, durations, fetch, SEARCH).items()}
 
 
 def step(model: SpeechLlm, batches: Sequence[Sequence[int]], world: World, *, packing: bool) -> Tensor:

@@ -121,7 +121,7 @@ def nth_call(whole: Whole, part: float) -> int:
 
 
 @pytest.mark.parametrize("part", CALLS, ids="{:.3f}".format)
-def test_killed_in_a_function(whole: Whole, tmp_path: Path, part: float) -> None:
+def test_26_killed_in_a_function(whole: Whole, tmp_path: Path, part: float) -> None:
     nth = nth_call(whole, part)
     note = f"seed {SEED}, killed at call {nth} of {whole.calls}"
     trap = Trap(signal.SIGKILL, after=TRAINING, nth=nth)
@@ -130,7 +130,7 @@ def test_killed_in_a_function(whole: Whole, tmp_path: Path, part: float) -> None
 
 
 @pytest.mark.parametrize("part", FILES, ids="{:.3f}".format)
-def test_killed_at_a_file(whole: Whole, tmp_path: Path, part: float) -> None:
+def test_26_killed_at_a_file(whole: Whole, tmp_path: Path, part: float) -> None:
     nth = 1 + int(part * whole.files)
     note = f"seed {SEED}, killed at file operation {nth} of {whole.files}"
     trap = Trap(signal.SIGKILL, file="/exp/", nth=nth)
@@ -139,7 +139,7 @@ def test_killed_at_a_file(whole: Whole, tmp_path: Path, part: float) -> None:
 
 
 @pytest.mark.parametrize("part", CLOCK, ids="{:.3f}".format)
-def test_killed_by_the_clock(whole: Whole, tmp_path: Path, part: float) -> None:
+def test_26_killed_by_the_clock(whole: Whole, tmp_path: Path, part: float) -> None:
     note = f"seed {SEED}, killed after {part * whole.seconds:.3f} s of {whole.seconds:.3f}"
     running = whole.setting.start(tmp_path / "exp")
     running.process.join(part * whole.seconds)
@@ -149,7 +149,7 @@ def test_killed_by_the_clock(whole: Whole, tmp_path: Path, part: float) -> None:
     whole.assert_goes_on_to_the_same(tmp_path / "exp", note)
 
 
-def test_killed_again_and_again(whole: Whole, tmp_path: Path) -> None:
+def test_26_killed_again_and_again(whole: Whole, tmp_path: Path) -> None:
     """Each command that goes on is killed too, some of them before they saved anything."""
     calls = [nth_call(whole, part) for part in CHAIN]
     note = f"seed {SEED}, killed at calls {calls} of {whole.calls} in turn"
@@ -173,7 +173,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize(("file", "nth"), WRITES.values(), ids=WRITES)
-def test_killed_while_writing(whole: Whole, tmp_path: Path, file: str, nth: int) -> None:
+def test_29_killed_while_writing(whole: Whole, tmp_path: Path, file: str, nth: int) -> None:
     trap = Trap(signal.SIGKILL, file=file, nth=nth)
     assert_killed(whole.setting.run(tmp_path / "exp", trap=trap), file)
     whole.assert_goes_on_to_the_same(tmp_path / "exp", file)
@@ -217,7 +217,7 @@ def assert_stopped(ended: Ended, *, may_be_done: bool = False) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("trap", NO_STEP.values(), ids=NO_STEP)
-def test_a_signal_where_there_is_no_step_to_save(
+def test_28_a_signal_where_there_is_no_step_to_save(
     whole: Whole, tmp_path: Path, trap: Trap, number: signal.Signals
 ) -> None:
     ended = whole.setting.run(tmp_path / "exp", trap=replace(trap, number=number))
@@ -229,7 +229,7 @@ def test_a_signal_where_there_is_no_step_to_save(
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("trap", WITHIN.values(), ids=WITHIN)
-def test_a_signal_saves_the_step_that_it_came_in(
+def test_28_a_signal_saves_the_step_that_it_came_in(
     whole: Whole, tmp_path: Path, trap: Trap, number: signal.Signals
 ) -> None:
     exp = tmp_path / "exp"
@@ -246,7 +246,7 @@ def test_a_signal_saves_the_step_that_it_came_in(
         whole.assert_goes_on_to_the_same(exp, number.name)
 
 
-def test_a_signal_in_the_heads_last_step_stops_the_run_all_the_same(whole: Whole, tmp_path: Path) -> None:
+def test_28_a_signal_in_the_heads_last_step_stops_the_run_all_the_same(whole: Whole, tmp_path: Path) -> None:
     """The head's loop is over then, but hours of the other are to come."""
     trap = Trap(signal.SIGTERM, call=BACKWARD, nth=whole.steps("ctc"))
     assert_stopped(whole.setting.run(tmp_path / "exp", trap=trap))
@@ -255,13 +255,13 @@ def test_a_signal_in_the_heads_last_step_stops_the_run_all_the_same(whole: Whole
 
 
 @pytest.mark.parametrize("trap", AT_THE_END.values(), ids=AT_THE_END)
-def test_a_signal_at_the_end_stops_the_run_or_lets_it_end(whole: Whole, tmp_path: Path, trap: Trap) -> None:
+def test_28_a_signal_at_the_end_stops_the_run_or_lets_it_end(whole: Whole, tmp_path: Path, trap: Trap) -> None:
     ended = whole.setting.run(tmp_path / "exp", trap=replace(trap, number=signal.SIGTERM))
     assert_stopped(ended, may_be_done=True)
     whole.assert_goes_on_to_the_same(tmp_path / "exp", "end")
 
 
-def test_a_kill_behind_a_signal_behind_a_validation(whole: Whole, tmp_path: Path) -> None:
+def test_28_a_kill_behind_a_signal_behind_a_validation(whole: Whole, tmp_path: Path) -> None:
     """What a signal broke off is done first by the next run, which here does not live to save it."""
     exp = tmp_path / "exp"
     assert_stopped(whole.setting.run(exp, trap=replace(WITHIN["validation"], number=signal.SIGTERM)))
@@ -271,7 +271,7 @@ def test_a_kill_behind_a_signal_behind_a_validation(whole: Whole, tmp_path: Path
 
 
 @pytest.mark.parametrize(("after", "part"), STOPS, ids=lambda one: f"{one:.3f}" if isinstance(one, float) else "")
-def test_a_signal_at_any_moment(whole: Whole, tmp_path: Path, after: str, part: float) -> None:
+def test_28_a_signal_at_any_moment(whole: Whole, tmp_path: Path, after: str, part: float) -> None:
     nth = nth_call(whole, part)
     assert_stopped(
         whole.setting.run(tmp_path / "exp", trap=Trap(signal.SIGTERM, after=after, nth=nth)), may_be_done=True

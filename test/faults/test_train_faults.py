@@ -6,7 +6,6 @@ what is left on disk, and that the same command then ends in the bits of a run t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +21,9 @@ import faulty
 import numpy as np
 import pytest
 import tiny
-from faulty import Ended, Running, Setting, Trap
+from faulty import Running, Setting, Trap
 from safetensors.torch import load_file, save_file
+from scenes import Disk, Limit, assert_refused, flip, mounted, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speechllm.config import load as configs
@@ -108,25 +107,7 @@ def exp(broken: Path, tmp_path: Path) -> Path:
     return tmp_path / "exp"
 
 
-def snapshot(exp: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(exp)): path.read_bytes() for path in sorted(exp.rglob("*")) if path.is_file()}
-
-
-def assert_refused(ended: Ended, line: str) -> None:
-    """Check that a command ended with 2 and exactly this line, `line` being a pattern."""
-    assert ended.status == EXIT_USER, ended.output
-    assert len(ended.errors) == 1, ended.output
-    assert re.fullmatch(line, ended.errors[0]), ended.errors[0]
-
-
 # Damaged states
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle of a file, where its values are."""
-    blob = bytearray(path.read_bytes())
-    blob[len(blob) // 2] ^= 1
-    path.write_bytes(blob)
 
 
 def tell_another_step(path: Path) -> None:
@@ -158,7 +139,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=lambda part: getattr(part, "__name__", part))
-def test_a_damaged_newest_state_is_named_and_the_older_one_used(
+def test_31_a_damaged_newest_state_is_named_and_the_older_one_used(
     plain: Whole, exp: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     damage(exp / "checkpoints/step_0000004" / name)
@@ -171,7 +152,7 @@ def test_a_damaged_newest_state_is_named_and_the_older_one_used(
     faulty.assert_same(exp, plain.exp, name)
 
 
-def test_where_all_states_are_damaged_nothing_is_begun_anew(plain: Whole, exp: Path) -> None:
+def test_31_where_all_states_are_damaged_nothing_is_begun_anew(plain: Whole, exp: Path) -> None:
     for state, damage in zip(faulty.states(exp), (flip, empty), strict=True):
         damage(state / "optimizer.safetensors")
     before = snapshot(exp)
@@ -183,54 +164,6 @@ def test_where_all_states_are_damaged_nothing_is_begun_anew(plain: Whole, exp: P
 
 
 # A full disk
-
-
-class Disk:
-    """A small file system, which can be filled up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fill(self, _running: Running) -> str:
-        """Leave no room for what comes next, and return what a writer will be told."""
-        with (self.folder / "filler").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-            while True:
-                stream.write(bytes(4096))
-        return "No space left on device"
-
-    def make_room(self) -> None:
-        subprocess.run(["mount", "-o", "remount,size=64m", str(self.folder)], check=True)
-
-
-class Limit:
-    """Stands in where no file system may be mounted: a bound on the size of every file that is written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fill(self, running: Running) -> str:
-        assert running.process.pid
-        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (16_384, 16_384))
-        return "File too large"
-
-    def make_room(self) -> None:
-        """Do nothing: the bound went with the process."""
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Iterator[bool]:
-    """Mount a file system in memory for a while; yield whether that was possible."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        done = False
-    try:
-        yield done
-    finally:
-        if done:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -251,7 +184,7 @@ FULL = {
 
 
 @pytest.mark.parametrize(("trap", "file"), FULL.values(), ids=FULL)
-def test_a_full_disk_is_told_and_costs_nothing(
+def test_30_a_full_disk_is_told_and_costs_nothing(
     plain: Whole, tmp_path: Path, disk: Disk | Limit, trap: Trap, file: str
 ) -> None:
     exp = disk.folder / "exp"
@@ -274,7 +207,7 @@ def test_a_full_disk_is_told_and_costs_nothing(
 # Another configuration, other models, other data
 
 
-def test_another_configuration_is_refused_with_the_difference(plain: Whole, exp: Path) -> None:
+def test_32_another_configuration_is_refused_with_the_difference(plain: Whole, exp: Path) -> None:
     before = snapshot(exp)
     ended = plain.setting.run(exp, "--set", "train.peak_lr=0.5", "--set", "lora.rank=8")
     changes = "lora.rank: 4 -> 8, train.peak_lr: 0.01 -> 0.5"
@@ -304,7 +237,7 @@ CHANGES: Mapping[str, tuple[str, Callable[[Path], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "what"), CHANGES.values(), ids=CHANGES)
-def test_other_models_or_data_are_refused_and_nothing_is_touched(
+def test_32_other_models_or_data_are_refused_and_nothing_is_touched(
     plain: Whole, exp: Path, name: str, change: Callable[[Path], bytes], what: str
 ) -> None:
     before = snapshot(exp)
@@ -316,7 +249,7 @@ def test_other_models_or_data_are_refused_and_nothing_is_touched(
     assert snapshot(exp) == before
 
 
-def test_what_was_refused_goes_on_once_all_is_as_it_was(plain: Whole, exp: Path) -> None:
+def test_32_what_was_refused_goes_on_once_all_is_as_it_was(plain: Whole, exp: Path) -> None:
     assert plain.setting.run(exp, "--set", "seed=9").status == EXIT_USER
     plain.goes_on_to_the_same(exp)
 
@@ -335,7 +268,7 @@ def test_a_second_training_in_one_folder_is_refused_and_the_first_goes_on(plain:
 # No memory
 
 
-def test_a_batch_that_does_not_fit_is_told_before_the_first_step_and_with_it_one_that_does(tmp_path: Path) -> None:
+def test_34_a_batch_that_does_not_fit_is_told_before_the_first_step_and_with_it_one_that_does(tmp_path: Path) -> None:
     """The language model is wide inside, so that a position takes half a megabyte; its weights are loaded before."""
     lengths = {f"u{number}": 8_000 for number in range(60)}
     setting = faulty.make(tmp_path, lengths, **{**FIELDS, "train": {**TRAIN, "epochs": 1, "batch_tokens": 10_000}})
@@ -412,7 +345,7 @@ def place_of(stored: Setting, utt_id: str) -> tuple[Path, int]:
     return stored.train / ark, int(offset)
 
 
-def test_a_stored_feature_that_is_no_number_is_refused_by_name(stored: Setting, tmp_path: Path) -> None:
+def test_33_a_stored_feature_that_is_no_number_is_refused_by_name(stored: Setting, tmp_path: Path) -> None:
     """Its checksum would tell first; dumps of before there were any have none."""
     path, offset = place_of(stored, "u3")
     blob = bytearray(path.read_bytes())
@@ -429,16 +362,6 @@ def test_a_stored_feature_that_is_no_number_is_refused_by_name(stored: Setting, 
     Whole(stored, stored.folder / "whole-stored").goes_on_to_the_same(tmp_path / "exp")
 
 
-def test_a_bit_that_flipped_in_a_stored_feature_is_refused_by_name(stored: Setting, tmp_path: Path) -> None:
-    path, offset = place_of(stored, "u6")
-    blob = bytearray(path.read_bytes())
-    blob[-1] ^= 1
-    with faulty.changed(path, bytes(blob)):
-        ended = stored.run(tmp_path / "exp")
-    what = r"u6 is not what was written there \(its CRC-32 is [0-9a-f]{8}, not [0-9a-f]{8}\)"
-    assert_refused(ended, rf"error: {re.escape(str(path))}:{offset}: {what}; run stage 2 again")
-
-
 def poisoned(folder: Path, texts: Mapping[str, str], **train: Any) -> Setting:
     """Return a setting whose language model has no numbers for what stands in `TEXTS[3]` alone, in batches of one."""
     setting = faulty.make(folder, LENGTHS, **{**FIELDS, "train": {**TRAIN, "batch_tokens": 1, **train}})
@@ -453,7 +376,7 @@ def ids(texts: Sequence[str]) -> set[int]:
     return {one for text in texts for one in tiny.tokenizer()(text)["input_ids"]}
 
 
-def test_a_step_that_is_no_number_is_skipped_and_its_batch_named(tmp_path: Path) -> None:
+def test_33_a_step_that_is_no_number_is_skipped_and_its_batch_named(tmp_path: Path) -> None:
     texts = {key: tiny.TEXTS[3 if key == "u4" else number % 3] for number, key in enumerate(LENGTHS)}
     setting = poisoned(tmp_path, texts)
     done = setting.run(tmp_path / "exp")
@@ -469,7 +392,7 @@ def test_a_step_that_is_no_number_is_skipped_and_its_batch_named(tmp_path: Path)
     assert all(value.isfinite().all() for value in trained.values())
 
 
-def test_a_signal_within_skipped_steps_changes_nothing(tmp_path: Path) -> None:
+def test_33_a_signal_within_skipped_steps_changes_nothing(tmp_path: Path) -> None:
     """The count of bad steps in a row is part of the state."""
     setting = poisoned(tmp_path, dict.fromkeys(LENGTHS, tiny.TEXTS[3]))
     whole = setting.run(tmp_path / "whole")
@@ -483,7 +406,7 @@ def test_a_signal_within_skipped_steps_changes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "exp/model").exists()
 
 
-def test_a_learning_rate_without_measure_ends_in_one_line(plain: Whole, tmp_path: Path) -> None:
+def test_33_a_learning_rate_without_measure_ends_in_one_line(plain: Whole, tmp_path: Path) -> None:
     ended = plain.setting.run(tmp_path / "exp", "--set", "train.peak_lr=1e+30", "--set", "train.warmup=0")
     line = r": 5 steps in a row were not finite, the last at .+; lower the learning rate or look at these utterances"
     assert_refused(ended, re.escape(f"error: {tmp_path}/exp") + line)
@@ -498,7 +421,7 @@ def losses(exp: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_batches_summed_into_a_step_are_one_large_batch(tmp_path: Path, *, packing: bool) -> None:
+def test_36_batches_summed_into_a_step_are_one_large_batch(tmp_path: Path, *, packing: bool) -> None:
     """A step is an epoch here, so that what is summed is the same whatever the batches are."""
     train = {**TRAIN, "epochs": 6, "accumulate": 100, "packing": packing}
     lora = {"rank": 4, "alpha": 8}
@@ -511,6 +434,23 @@ def test_batches_summed_into_a_step_are_one_large_batch(tmp_path: Path, *, packi
     assert losses(summed)[0] > losses(summed)[-1]
 
 
+AUGMENTED = ("augment.speeds=[0.9, 1.0, 1.1]", "augment.time_masks=2", "augment.noise=0.2")
+
+
+def test_37_sounds_changed_while_training_are_the_same_after_a_kill(plain: Whole, tmp_path: Path) -> None:
+    """A change is a function of seed, epoch and utterance, so what a run that goes on hears is what it would have."""
+    options = [part for one in AUGMENTED for part in ("--set", f"train.{one}")]
+    whole, exp = tmp_path / "whole", tmp_path / "exp"
+    assert plain.setting.run(whole, *options).status == 0
+    trap = Trap(signal.SIGKILL, file=r"/checkpoints/\.step_0000006")
+    assert plain.setting.run(exp, *options, trap=trap).status == -signal.SIGKILL
+    done = plain.setting.run(exp, *options)
+    assert done.status == 0, done.output
+    assert "speech resumed step=4 of=" in done.output
+    faulty.assert_same(exp, whole, "augmented")
+    assert losses(whole)[0] != losses(plain.exp)[0]  # they were changed
+
+
 def rewritten(setting: Setting, folder: Path, texts: Mapping[str, str], *, valid: bool = False) -> Setting:
     """Return a setting with other transcripts of the same sounds."""
     side = "valid" if valid else "train"
@@ -520,7 +460,7 @@ def rewritten(setting: Setting, folder: Path, texts: Mapping[str, str], *, valid
     return replace(setting, valid=copy) if valid else replace(setting, train=copy)
 
 
-def test_an_empty_transcript_is_refused_unless_it_may_be_dropped(plain: Whole, tmp_path: Path) -> None:
+def test_19_an_empty_transcript_is_refused_unless_it_may_be_dropped(plain: Whole, tmp_path: Path) -> None:
     setting = rewritten(plain.setting, tmp_path, {"u3": ""})
     what = "1 of 7 training utterances do not fit, first u3 empty transcript"
     line = f"error: {setting.train}: {what}; cut them with segments, or raise train.max_dropped"
@@ -528,6 +468,16 @@ def test_an_empty_transcript_is_refused_unless_it_may_be_dropped(plain: Whole, t
     done = setting.run(tmp_path / "exp", "--set", "train.max_dropped=0.2")  # as the line told
     assert done.status == 0, done.output
     assert (tmp_path / "exp/dropped.tsv").read_text(encoding="utf-8") == "utt_id\treason\nu3\tempty transcript\n"
+
+
+def test_19_a_transcript_longer_than_the_context_is_told_and_never_cut(plain: Whole, tmp_path: Path) -> None:
+    setting = rewritten(plain.setting, tmp_path, {"u3": "。".join(tiny.TEXTS[:4] * 12)})
+    what = r"1 of 7 training utterances do not fit, first u3 \d+ tokens, the context holds 256"
+    line = rf"error: {re.escape(str(setting.train))}: {what}; cut them with segments, or raise train\.max_dropped"
+    assert_refused(setting.run(tmp_path / "exp"), line)
+    dropped = (tmp_path / "exp/dropped.tsv").read_text(encoding="utf-8").splitlines()
+    assert [one.partition("\t")[0] for one in dropped] == ["utt_id", "u3"]
+    assert not (tmp_path / "exp/model").exists()
 
 
 def test_a_dropped_utterance_is_as_if_it_had_never_been(plain: Whole, tmp_path: Path) -> None:
@@ -542,19 +492,20 @@ def test_a_dropped_utterance_is_as_if_it_had_never_been(plain: Whole, tmp_path: 
     assert trained[0] == trained[1]
 
 
-def test_a_batch_without_a_label_is_no_fault(headed: Whole, tmp_path: Path) -> None:
+def test_35_a_batch_without_a_label_is_no_fault(headed: Whole, tmp_path: Path) -> None:
     """A full stop has no reading, so that the head's batch of it alone has nothing to learn."""
     config = configs.load(headed.setting.conf, ("projector.batch_frames=1",))
     configs.dump(config, tmp_path / "conf.yaml")
     setting = replace(rewritten(headed.setting, tmp_path, {"u3": "。"}), conf=tmp_path / "conf.yaml")
     done = setting.run(tmp_path / "exp")
     assert done.status == 0, done.output
+    assert " skipped" not in done.output
     assert len(losses(tmp_path / "exp/ctc")) == 2 * (len(LENGTHS) + 1)
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "exp/ctc"))
 
 
 @pytest.mark.parametrize("text", ["", "。"], ids=["empty", "full-stop"])
-def test_a_validation_set_without_a_label_is_no_fault(headed: Whole, tmp_path: Path, text: str) -> None:
+def test_35_a_validation_set_without_a_label_is_no_fault(headed: Whole, tmp_path: Path, text: str) -> None:
     setting = rewritten(headed.setting, tmp_path, dict.fromkeys(list(LENGTHS)[:3], text), valid=True)
     done = setting.run(tmp_path / "exp")
     assert done.status == 0, done.output

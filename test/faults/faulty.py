@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ def _paths(arguments: tuple[object, ...]) -> list[str]:
     return [os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
 
 
-def _child(arguments: list[str], log: Path, trap: Trap | None) -> None:
+def child(arguments: list[str], log: Path, trap: Trap | None) -> None:
     """Run the command line as a process of its own does, with its output in `log`."""
     gc.freeze()  # what was imported is never looked through again
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -117,6 +118,9 @@ def _child(arguments: list[str], log: Path, trap: Trap | None) -> None:
     if trap is not None:
         sys.stderr.write(f"\ncalls {armed.count}\n")
     sys.exit(status)
+
+
+Child = Callable[[list[str], Path, Trap | None], None]
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,12 @@ def _state_of(pid: int | None) -> str:
         return ""
 
 
-def start(arguments: list[str], log: Path, trap: Trap | None = None) -> Running:
-    """Return a command line that has begun; its output goes to `log`."""
+def start(arguments: list[str], log: Path, trap: Trap | None = None, work: Child = child) -> Running:
+    """Return a command line that has begun; its output goes to `log`. `work` is what the process does."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED_ONCE))
     log.unlink(missing_ok=True)
-    process = context.Process(target=_child, args=(arguments, log, trap))
+    process = context.Process(target=work, args=(arguments, log, trap))
     process.start()
     return Running(process, log)
 

@@ -81,7 +81,7 @@ def assert_same(setting: Setting, exp: str) -> None:
     assert all((value == found[name]).all() for name, value in wanted.items())
 
 
-def test_two_processes_end_in_the_bits_of_one(alone: Setting) -> None:
+def test_35_two_processes_whose_shares_differ_end_in_the_bits_of_one(alone: Setting) -> None:
     done = alone.train("two", "--ngpu", "2")
     assert done.returncode == 0, done.stderr
     assert_same(alone, "two")
@@ -89,7 +89,7 @@ def test_two_processes_end_in_the_bits_of_one(alone: Setting) -> None:
     assert provenance["processes"] == 2
 
 
-def test_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None:
+def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None:
     metrics = alone.folder / "both/metrics.jsonl"
     with subprocess.Popen(alone.command("both", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + TIME_LIMIT_S
