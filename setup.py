@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["speechllm", "speechllm.*"]),
-    package_data={"speechllm": ["py.typed", "score/*.html", "model/*.yaml"]},
+    package_data={"speechllm": ["py.typed", "score/*.html", "model/*.yaml", "serve/page.*"]},
     entry_points={"console_scripts": ["speechllm = speechllm.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -35,6 +35,7 @@ setup(
         "fugashi>=1.4,<2",
         "unidic-lite==1.0.8",
         "pyopenjtalk-plus>=0.4.1.post7,<0.5",
+        "silero-vad>=6.2,<7",
     ],
     extras_require={
         # the mini recipe: reads packaged weights, speaks its corpus, draws its curves
@@ -43,6 +44,10 @@ setup(
         "qlora": ["bitsandbytes>=0.45,<1", "accelerate>=1.2,<2"],
         # --launcher slurm
         "slurm": ["submitit>=1.5,<2"],
+        # speechllm serve
+        "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1", "python-multipart>=0.0.20,<1"],
+        # recordings that libsndfile does not read (m4a, webm, mp4), where no ffmpeg is installed
+        "media": ["imageio-ffmpeg>=0.6,<1"],
         # training curves on Weights & Biases as well (WANDB_PROJECT)
         "wandb": ["wandb>=0.21,<1"],
         # stage 1 of reazonspeech-SIZE: reads the tar files of the corpus
@@ -54,6 +59,12 @@ setup(
             "datasets>=4,<6",
             "submitit>=1.5,<2",
             "wandb>=0.21,<1",
+            "fastapi>=0.115,<1",
+            "uvicorn>=0.34,<1",
+            "python-multipart>=0.0.20,<1",
+            "imageio-ffmpeg>=0.6,<1",
+            "openai>=3,<4",
+            "selenium>=4.20,<5",
             "ruff>=0.14,<1",
             "mypy>=1.18,<3",
             "pytest>=8.4,<10",

@@ -66,12 +66,18 @@ def _decode_valid(model: SpeechLlm, features: Features, utt_ids: Sequence[str]) 
 
 
 def decode(
-    exp: Path, data_dir: Path, out: Path, changes: Mapping[str, object], part: tuple[int, int] | None = None
+    exp: Path,
+    data_dir: Path,
+    out: Path,
+    changes: Mapping[str, object],
+    part: tuple[int, int] | None = None,
+    *,
+    hotwords: Path | None = None,
 ) -> int:
     """Stage 4: write the texts of `data_dir`, or of a part of it; return the number of utterances decoded now."""
     from speechllm.decode.run import decode_dir
 
-    return decode_dir(exp / "model", data_dir, out, changes, part)
+    return decode_dir(exp / "model", data_dir, out, changes, part, hotwords=hotwords)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_missing_files_are_named(capsys: pytest.CaptureFixture[str], tmp_path: P
         ("text", b"u1 a\n", "text: u2 has audio but no transcript; add its line or take it out of wav.scp"),
         ("text", b"u1 a\nu2\n", "text: u2 has an empty transcript; write it or delete the utterance"),
         ("text", b"u2 a\nu1 b\n", "text: is not sorted by bytes; sort it with LC_ALL=C sort"),
-        ("wav.scp", b"u1 sox a.wav -t wav - |\nu2 b.wav\n", "wav.scp: u1: is a command, which is never run; write"),
+        ("wav.scp", b"u1 sox a.wav -t wav - |\nu2 b.wav\n", "wav.scp: u1: is a command, which is not run; write"),
         ("wav.scp", b"../u1 a.wav\n", "wav.scp:1: the id '../u1' cannot be part of a file name; rename the utterance"),
         ("wav.scp", b"u1 a.wav\n.. b.wav\n", "wav.scp:2: the id '..' cannot be part of a file name; rename"),
         ("wav.scp", b"u1 a.wav\na/u2 b.wav\n", "wav.scp:2: the id 'a/u2' cannot be part of a file name; rename"),

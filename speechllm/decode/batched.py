@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from speechllm.decode.engine import Engine, Job, Spent
-from speechllm.decode.result import CUT, LOOP
+from speechllm.decode.result import CUT, LOOP, NO_SPEECH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from speechllm.config.schema import DecodeConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     Fetch = Callable[[Sequence[str]], tuple[Tensor, list[int]]]
     """Ids to padded frames [b e h] and the true frames of each row."""
+    Kana = NDArray[np.float32]
+    """Log posteriors [q k] of a kana recogniser, column 0 the blank."""
 
 PREPARED = 16  # utterances whose frames are fetched together
 
@@ -56,12 +60,25 @@ def text_of(fields: Mapping[str, Any]) -> Text:
 
 @dataclass(frozen=True)
 class Aids:
-    """What helps the search, made from the frames [b e h] of utterances and their true lengths."""
+    """What helps the search."""
 
-    bias: Callable[[Tensor, Sequence[int]], list[UtteranceBias]] | None = None
-    """Hotwords of each utterance."""
+    hear: Callable[[Tensor, Sequence[int]], list[Kana] | None] | None = None
+    """Frames [b e h] and their true lengths to what a kana recogniser hears in each."""
+    is_silent: Callable[[str, Kana], bool] | None = None
+    """Whether nothing was said in an utterance; its text is then empty, and no search is made."""
+    bias: Callable[[Kana | None], UtteranceBias] | None = None
+    """Hotwords of an utterance."""
     draft: Callable[[Tensor, Sequence[int]], list[tuple[int, ...]]] | None = None
-    """What the text of each may be, in tokens."""
+    """Frames to what the text of each may be, in tokens."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The n-best of an utterance, the best first, and what the kana recogniser heard, where there is one."""
+
+    key: str
+    nbest: list[Text]
+    kana: Kana | None
 
 
 @dataclass
@@ -79,10 +96,14 @@ class Utterances:
         """Put the short ones first: what is at work together then ends together."""
         self._waiting = sorted(self.durations_s, key=lambda key: (self.durations_s[key], key), reverse=True)
         self._ready: list[Job] = []
+        self.kana: dict[str, Kana] = {}
+        """Of utterances that are at work."""
+        self.silent: list[str] = []
+        """Those in which nothing was said."""
 
     def take(self) -> Job | None:
         """Return the next utterance, or None where there is none left."""
-        if not self._ready and self._waiting:
+        while not self._ready and self._waiting:
             keys = self._waiting[-self.at_once :][::-1]
             self._ready = self._prepared(keys)[::-1]
             del self._waiting[-len(keys) :]
@@ -100,10 +121,19 @@ class Utterances:
     def _prepared(self, keys: Sequence[str]) -> list[Job]:
         frames_beh, frames_b = self.fetch(keys)
         own_ld = self.model.questions(frames_beh, frames_b)
-        biases = self.aids.bias(frames_beh, frames_b) if self.aids.bias else [None] * len(keys)
         drafts = self.aids.draft(frames_beh, frames_b) if self.aids.draft else [()] * len(keys)
-        limits = [self.limit(key) for key in keys]
-        return [Job(*parts) for parts in zip(keys, own_ld, limits, biases, drafts, strict=True)]
+        heard = self.aids.hear(frames_beh, frames_b) if self.aids.hear else None
+        if heard is not None:
+            self.kana |= dict(zip(keys, heard, strict=True))
+        jobs = []
+        for key, embeds_ld, drafted in zip(keys, own_ld, drafts, strict=True):
+            kana = self.kana.get(key)
+            if kana is not None and self.aids.is_silent is not None and self.aids.is_silent(key, kana):
+                self.silent.append(key)
+                continue
+            bias = self.aids.bias(kana) if self.aids.bias else None
+            jobs.append(Job(key, embeds_ld, self.limit(key), bias, drafted))
+        return jobs
 
 
 @dataclass
@@ -115,20 +145,35 @@ class Decoder:
     aids: Aids = Aids()
     spent: Spent = field(default_factory=Spent)
 
-    def texts(self, durations_s: Mapping[str, float], fetch: Fetch) -> Iterator[tuple[str, list[Text]]]:
-        """Yield id and n-best of each utterance as it ends; about the shortest first."""
+    def texts(self, durations_s: Mapping[str, float], fetch: Fetch) -> Iterator[Decoded]:
+        """Yield each utterance as it ends; about the shortest first."""
         self.model.eval()
-        utterances = Utterances(self.model, durations_s, fetch, self.config, self.aids)
-        engine = Engine(self.model.lm, self.model.question_start(), self.config, self.spent)
+        several = min(len(durations_s), self.config.batch_size) > 1
+        on_cpu = self.model.lm.model.device.type == "cpu"
+        # a processor is busy with several rows; there a draft, most of which is read in vain, costs more than it saves
+        aids = replace(self.aids, draft=None) if several and on_cpu else self.aids
+        utterances = Utterances(self.model, durations_s, fetch, self.config, aids)
+        with torch.inference_mode():
+            engine = Engine(self.model.lm, self.model.question_start(), self.config, self.spent)
         for found in engine.run(utterances):
-            yield found.key, [to_text(self.model, hypothesis, found) for hypothesis in found.nbest]
+            nbest = [to_text(self.model, hypothesis, found) for hypothesis in found.nbest]
+            yield Decoded(found.key, nbest, utterances.kana.pop(found.key, None))
+            yield from _silent(utterances)
+        yield from _silent(utterances)
+
+
+def _silent(utterances: Utterances) -> Iterator[Decoded]:
+    """Yield the utterances in which nothing was said, once."""
+    while utterances.silent:
+        key = utterances.silent.pop()
+        yield Decoded(key, [Text("", 0.0, 0, ended=True, flags=(NO_SPEECH,))], utterances.kana.pop(key))
 
 
 def decode(
     model: SpeechLlm, durations_s: Mapping[str, float], fetch: Fetch, config: DecodeConfig
 ) -> dict[str, list[Text]]:
     """Return id -> n-best texts."""
-    return dict(Decoder(model, config).texts(durations_s, fetch))
+    return {found.key: found.nbest for found in Decoder(model, config).texts(durations_s, fetch)}
 
 
 def max_tokens(config: DecodeConfig, duration_s: float) -> int:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from speechllm.model.heads import Heads
 
-REACH = 4
+REACH = 6
 """How far ahead in a draft the token is looked for that came instead of the expected one."""
+LOOK = 4
+"""Draft tokens that are worth reading in one forward (docs/heads.md): more are seldom right, and each is computed."""
 
 
 @torch.inference_mode()
@@ -38,22 +40,22 @@ def draft(heads: Heads, frames_beh: Tensor, frames_b: Sequence[int]) -> list[tup
 def resume(draft: Sequence[int], accepted: int, correction: int) -> tuple[int, ...]:
     """Return what is left of a draft whose first `accepted` tokens were right and `correction` came after them.
 
-    The nearest alignment with the fewest tokens left out: where the correction comes soon in the draft, it had said too
-    much, and goes on behind it. Else it had taken one token for another.
+    Where the correction comes soon in the draft, the draft goes on behind it. Else it lacked the correction, for a
+    head rather leaves a token out than invents one, and it goes on as it is; a token that was wrong is dropped this way
+    too, when the one behind it comes.
 
     >>> resume([5, 6, 7, 8], 1, 7), resume([5, 6, 7, 8], 1, 9)
-    ((8,), (7, 8))
+    ((8,), (6, 7, 8))
     """
     rest = tuple(draft[accepted:])
     ahead = rest[:REACH]
-    behind = ahead.index(correction) + 1 if correction in ahead else 1
-    return rest[behind:]
+    return rest[ahead.index(correction) + 1 :] if correction in ahead else rest
 
 
-def checks(draft: Sequence[int], text: Sequence[int]) -> tuple[int, int]:
-    """Return how many forwards a draft leaves of the ``len(text)`` of a text, its end counted, and its tokens read.
+def checks(draft: Sequence[int], text: Sequence[int], look: int = LOOK) -> tuple[int, int]:
+    """Return the forwards that a text (its end counted) takes with a draft, and the draft tokens that they read.
 
-    Each forward reads what is left of the draft, keeps what is right, and gives one token more.
+    Each forward reads `look` tokens of the draft at most, keeps what is right, and gives one token more.
 
     >>> checks([5, 6, 7], [5, 6, 7, 2])
     (1, 3)
@@ -61,11 +63,11 @@ def checks(draft: Sequence[int], text: Sequence[int]) -> tuple[int, int]:
     rest: tuple[int, ...] = tuple(draft)
     forwards = read = done = 0
     while done < len(text):
+        looked = rest[:look]
         right = 0
-        while right < len(rest) and done + right < len(text) - 1 and rest[right] == text[done + right]:
+        while right < min(len(looked), len(text) - 1 - done) and looked[right] == text[done + right]:
             right += 1
-        forwards, read = forwards + 1, read + len(rest)
-        correction = text[done + right]
+        forwards, read = forwards + 1, read + len(looked)
+        rest = resume(rest, right, text[done + right])
         done += right + 1
-        rest = resume(rest, right, correction)
     return forwards, read

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from speechllm.decode.draft import resume
+from speechllm.decode.draft import LOOK, resume
 from speechllm.decode.search import Candidate, Search
 from speechllm.errors import ModelError
 from speechllm.model.slots import Slots
@@ -96,9 +96,9 @@ class _Work:
 
     @property
     def drafted(self) -> tuple[int, ...]:
-        """Return the draft tokens that fit below the bound."""
-        written = len(self.search.live[0].tokens)
-        return self.draft[: max(0, self.search.max_tokens - written - 1)]
+        """Return the draft tokens that are read along: a few, and those that fit below the bound."""
+        room = self.search.max_tokens - len(self.search.live[0].tokens) - 1
+        return self.draft[: max(0, min(LOOK, room))]
 
 
 @dataclass(frozen=True)

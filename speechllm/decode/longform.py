@@ -32,6 +32,9 @@ class Recognizer(Protocol):
     """What is needed of `SpeechLLM`."""
 
     longest_s: float
+    """Longest sound that it takes."""
+    joined_s: float
+    """Longest sound that stretches of speech should be joined to."""
 
     def recognize(
         self,
@@ -54,7 +57,7 @@ class LongOptions:
     batch: int = 8
     """Sounds recognised at once."""
     join_s: float = 0.6
-    """Speech around a pause of at most this length is one sound, as long as that is not too long."""
+    """Spans with at most so much between them (their padding counts as speech) are one sound, up to `joined_s`."""
 
 
 DEFAULTS = LongOptions()
@@ -98,7 +101,7 @@ def transcribe_stream(
 ) -> Iterator[Segment]:
     """Yield each segment in order as soon as its batch is done; one without speech has an empty text and its flag."""
     waiting: list[tuple[float, Wave]] = []
-    for sound in sounds(blocks, recognizer.longest_s, options.join_s):
+    for sound in sounds(blocks, recognizer.longest_s, options.join_s, recognizer.joined_s):
         waiting.append(sound)
         if len(waiting) == options.batch:
             yield from _recognize(recognizer, waiting, options)
@@ -118,10 +121,13 @@ def _recognize(
         yield Segment(start_s, end_s, one.text, one.confidence, words, one.flags)
 
 
-def sounds(blocks: Iterable[Wave], longest_s: float, join_s: float) -> Iterator[tuple[float, Wave]]:
-    """Yield begin in seconds and samples [s] of each stretch with speech, of at most `longest_s`, without overlap."""
+def sounds(blocks: Iterable[Wave], longest_s: float, join_s: float, joined_s: float) -> Iterator[tuple[float, Wave]]:
+    """Yield begin in seconds and samples [s] of each stretch with speech, of at most `longest_s`, without overlap.
+
+    See `LongOptions` and `Recognizer` for what is joined.
+    """
     stream = SpanStream(VadSettings(longest_s=longest_s))
-    joiner = Joiner(longest_s, join_s)
+    joiner = Joiner(min(longest_s, joined_s), join_s)
     held = _Held()
     for block in blocks:
         held.add(block)
@@ -134,7 +140,10 @@ def sounds(blocks: Iterable[Wave], longest_s: float, join_s: float) -> Iterator[
 
 
 class Joiner:
-    """Joins spans over short pauses into stretches of at most `longest_s`, cut at the longest pause."""
+    """Joins spans over short pauses into stretches of at most `longest_s`, cut at the longest pause.
+
+    A span that is longer stays one.
+    """
 
     def __init__(self, longest_s: float, join_s: float) -> None:
         """Begin a recording."""
@@ -154,7 +163,7 @@ class Joiner:
             if self._spans and span.start_s - self._spans[-1].end_s > self._join_s:
                 done += self.finish()
             self._spans.append(span)
-            while self._spans[-1].end_s - self._spans[0].start_s > self._longest_s:
+            while len(self._spans) > 1 and self._spans[-1].end_s - self._spans[0].start_s > self._longest_s:
                 done.append(self._take(self._longest_pause()))
         return done
 

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,17 @@ from speechllm.config.schema import DecodeConfig
 from speechllm.data import kaldi
 from speechllm.data.archive import as_stored
 from speechllm.data.dataset import FeatureSet
-from speechllm.decode.batched import Decoder, Text, text_of
+from speechllm.decode import align, guard
+from speechllm.decode.aids import aids_of
+from speechllm.decode.batched import Decoder, Text, character_confidences, text_of
+from speechllm.decode.engine import Spent
+from speechllm.decode.hotwords import read_hotwords
+from speechllm.decode.result import CUT, DOUBTFUL, LOOP, NO_SPEECH, Word
 from speechllm.errors import ConfigError
 from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
 from speechllm.model.assemble import PROVENANCE_FILE, TRAINED_FILE, encoder_of, find_encoder, load_model, read_model
 from speechllm.model.encoder import read_for
+from speechllm.model.heads import load_heads
 from speechllm.model.identity import check_dump
 from speechllm.model.speechllm import pad_frames
 from speechllm.runtime import (
@@ -47,7 +53,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from speechllm.config.schema import Config
-    from speechllm.decode.batched import Fetch
+    from speechllm.decode.batched import Decoded, Fetch, Kana
+    from speechllm.decode.hotwords import Hotwords
     from speechllm.model.assemble import Origin
     from speechllm.model.speechllm import SpeechLlm
 
@@ -56,6 +63,9 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial.jsonl"
 PARTS = ".parts"
 TIMES = "rtf.json"
+WORD_TIMES = "ctm"
+SPENT = ("wall_s", "cpu_s", "audio_s", "row_steps", "tokens", "memory_halved")
+GUARDS = (NO_SPEECH, LOOP, CUT, DOUBTFUL)
 
 
 @dataclass(frozen=True)
@@ -79,38 +89,73 @@ class _Run:
     settings: DecodeConfig
     record: Mapping[str, object]
     """What decides the texts."""
+    hotwords: Hotwords | None = None
 
-    def decode_into(self, partial: Path, waiting: Mapping[str, float]) -> tuple[dict[str, list[Text]], dict[str, Any]]:
+    def decode_into(self, partial: Path, waiting: Mapping[str, float]) -> tuple[dict[str, Entry], dict[str, Any]]:
         """Return the texts of `waiting`, and the times and the devices that they took; they also go to `partial`."""
         if not waiting:  # then not even the model is loaded
-            return {}, {"wall_s": 0.0, "cpu_s": 0.0, "audio_s": 0.0, "devices": []}
+            return {}, {**dict.fromkeys(SPENT, 0), "devices": []}
         model = load_model(self.model_dir)
         began, cpu_began = time.perf_counter(), time.process_time()
-        found = _decode_waiting(model, self.source, waiting, self.settings, partial)
+        spent = Spent()
+        found = self._decode(model, waiting, partial, spent)
         times = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
-        return found, {**times, "audio_s": sum(waiting.values()), "devices": [device_name(model.lm.model.device)]}
+        return found, {
+            **times,
+            "audio_s": sum(waiting.values()),
+            "row_steps": spent.rows,
+            "tokens": spent.needed,
+            "memory_halved": spent.halved,
+            "devices": [device_name(model.lm.model.device)],
+        }
+
+    def _decode(self, model: SpeechLlm, waiting: Mapping[str, float], partial: Path, spent: Spent) -> dict[str, Entry]:
+        """Return the results of `waiting`; each goes to `partial` as soon as it is there."""
+        found: dict[str, Entry] = {}
+
+        def is_silent(key: str, kana: Kana) -> bool:
+            return guard.no_speech(1.0, guard.kana_per_s(kana, waiting[key])) >= guard.SILENT
+
+        aids = replace(aids_of(model, load_heads(self.model_dir, model), self.hotwords), is_silent=is_silent)
+        decoder = Decoder(model, self.settings, aids, spent)
+        with (
+            partial.open("a", encoding="utf-8") as stream,
+            tqdm(total=len(waiting), desc="decode", unit="utt", disable=None) as bar,
+        ):
+            for one in decoder.texts(waiting, self.source.fetch_for(model)):
+                found[one.key] = _entry(one, waiting[one.key])
+                stream.write(_line(one.key, found[one.key]))
+                stream.flush()
+                bar.update()
+        return found
 
 
 def decode_dir(
-    model_dir: Path, data_dir: Path, out: Path, changes: Mapping[str, object], part: tuple[int, int] | None = None
+    model_dir: Path,
+    data_dir: Path,
+    out: Path,
+    changes: Mapping[str, object],
+    part: tuple[int, int] | None = None,
+    *,
+    hotwords: Path | None = None,
 ) -> int:
-    """Write ``text``, ``nbest.jsonl`` and ``rtf.json`` to `out`; return the number of utterances decoded now.
+    """Write ``text``, ``nbest.jsonl``, ``ctm`` and ``rtf.json`` to `out`; return the number of utterances decoded now.
 
     `changes` stand in for fields of the configured decoding, such as ``beam``. `data_dir` may hold features (a dump) or
-    sounds alone. With `part` (number from 1, count), only that part of the utterances is decoded, below `out`; a later
-    call without it takes it over.
+    sounds alone; `hotwords` is a list of words to listen for. With `part` (number from 1, count), only that part of the
+    utterances is decoded, below `out`; a later call without it takes it over.
 
     Raises:
         UserError: the model or the data are at fault, or `out` holds the output of something else.
     """
-    run = _prepare(model_dir, data_dir, changes)
+    run = _prepare(model_dir, data_dir, changes, hotwords)
     if is_made(out / DECODE_RECORD, run.record):
         log.info("decode done already out=%s", out)
         return 0
     return _decode_whole(run, data_dir, out) if part is None else _decode_part(run, out, *part)
 
 
-def _prepare(model_dir: Path, data_dir: Path, changes: Mapping[str, object]) -> _Run:
+def _prepare(model_dir: Path, data_dir: Path, changes: Mapping[str, object], hotwords: Path | None) -> _Run:
     config, origin = read_model(model_dir)
     settings = DecodeConfig.model_validate({**config.decode.model_dump(), **changes})
     get_profile(settings.normalize)  # an unknown one is refused now, not after hours
@@ -120,7 +165,10 @@ def _prepare(model_dir: Path, data_dir: Path, changes: Mapping[str, object]) -> 
     weights = {"encoder": origin.encoder_fingerprint, "language model": origin.lm_fingerprint}
     trained = sha256(model_dir / TRAINED_FILE)
     record = {"model": trained, "weights": weights, "data": source.identity, "decode": decided}
-    return _Run(model_dir, source, settings, record)
+    if hotwords is None:
+        return _Run(model_dir, source, settings, record)
+    words = read_hotwords(hotwords)  # before its sum: it may not be there
+    return _Run(model_dir, source, settings, {**record, "hotwords": sha256(hotwords)}, words)
 
 
 def _decode_whole(run: _Run, data_dir: Path, out: Path) -> int:
@@ -186,47 +234,68 @@ def _training(model_dir: Path) -> dict[str, object]:
     return read_json(notes) if notes.is_file() else {}
 
 
-def _decode_waiting(
-    model: SpeechLlm, source: Source, waiting: Mapping[str, float], settings: DecodeConfig, partial: Path
-) -> dict[str, list[Text]]:
-    """Return the texts of `waiting`; each batch goes to `partial` as soon as it is done."""
-    found: dict[str, list[Text]] = {}
-    with (
-        partial.open("a", encoding="utf-8") as stream,
-        tqdm(total=len(waiting), desc="decode", unit="utt", disable=None) as bar,
-    ):
-        for utt_id, nbest in Decoder(model, settings).texts(waiting, source.fetch_for(model)):
-            stream.write(_nbest_line(utt_id, nbest))
-            stream.flush()
-            found[utt_id] = nbest
-            bar.update()
-    return found
+@dataclass(frozen=True)
+class Entry:
+    """What decoding made of an utterance."""
+
+    nbest: list[Text]
+    words: tuple[Word, ...] = ()
+    """Of the best text, with their times; none without a kana recogniser."""
+
+
+def _entry(one: Decoded, duration_s: float) -> Entry:
+    """Return the n-best with the times of the words of the best, which is flagged where a word was not heard."""
+    best = one.nbest[0]
+    if one.kana is None or not best.text:
+        return Entry(one.nbest)
+    heard = align.hear(best.text, one.kana, duration_s)
+    if align.is_doubtful(heard):
+        best = replace(best, flags=(*best.flags, DOUBTFUL))
+    return Entry([best, *one.nbest[1:]], align.to_words(heard, character_confidences(best)))
 
 
 def _nbest_line(utt_id: str, nbest: Sequence[Text]) -> str:
-    return json.dumps({"utt_id": utt_id, "nbest": [asdict(text) for text in nbest]}, ensure_ascii=False) + "\n"
+    shown = [{**asdict(text), "confidence": round(text.confidence, 4)} for text in nbest]
+    return json.dumps({"utt_id": utt_id, "nbest": shown}, ensure_ascii=False) + "\n"
 
 
-def _read_partials(folders: Sequence[Path], source: Source, *, mend: bool = True) -> dict[str, list[Text]]:
+def _line(utt_id: str, entry: Entry) -> str:
+    kept = {"utt_id": utt_id, "nbest": list(map(asdict, entry.nbest)), "words": list(map(asdict, entry.words))}
+    return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+def _read_entry(kept: Mapping[str, Any]) -> Entry:
+    return Entry([text_of(text) for text in kept["nbest"]], tuple(Word(**word) for word in kept["words"]))
+
+
+def _read_partials(folders: Sequence[Path], source: Source, *, mend: bool = True) -> dict[str, Entry]:
     """Return what killed runs and parts had decoded; with `mend`, a last line cut short is dropped from its file."""
-    found: dict[str, list[Text]] = {}
+    found: dict[str, Entry] = {}
     for path in [folder / PARTIAL for folder in folders]:
-        entries = [entry for entry in read_whole_lines(path) if entry["utt_id"] in source.durations_s]
-        here = {entry["utt_id"]: [text_of(text) for text in entry["nbest"]] for entry in entries}
+        kept = [entry for entry in read_whole_lines(path) if entry["utt_id"] in source.durations_s]
+        here = {entry["utt_id"]: _read_entry(entry) for entry in kept}
         if mend and path.is_file():
-            write_text(path, "".join(_nbest_line(utt_id, nbest) for utt_id, nbest in here.items()))
+            write_text(path, "".join(_line(utt_id, entry) for utt_id, entry in here.items()))
         found |= here
     return found
 
 
-def _write(out: Path, found: Mapping[str, list[Text]], settings: DecodeConfig, rtf: Mapping[str, Any]) -> None:
+def _write(out: Path, found: Mapping[str, Entry], settings: DecodeConfig, times: Mapping[str, Any]) -> None:
     ordered = kaldi.byte_order(found)
-    texts = {key: normalize(found[key][0].text, settings.normalize) for key in ordered}
-    write_text(out / "nbest.jsonl", "".join(_nbest_line(key, found[key]) for key in ordered))
-    factor = rtf["wall_s"] / rtf["audio_s"] if rtf["audio_s"] else None
-    cut = sum(not found[key][0].ended for key in ordered)
-    write_json(out / TIMES, {**rtf, "rtf": factor, "cut": cut})
-    kaldi.write_table(out / "text", texts)
+    best = {key: found[key].nbest[0] for key in ordered}
+    write_text(out / "nbest.jsonl", "".join(_nbest_line(key, found[key].nbest) for key in ordered))
+    write_text(out / WORD_TIMES, "".join(_ctm_line(key, word) for key in ordered for word in found[key].words))
+    factor = times["wall_s"] / times["audio_s"] if times["audio_s"] else None
+    flagged = {flag: sum(flag in text.flags for text in best.values()) for flag in GUARDS}
+    guards = {flag: {"utterances": count, "rate": round(count / len(best), 5)} for flag, count in flagged.items()}
+    write_json(out / TIMES, {**times, "rtf": factor, "guards": guards})
+    kaldi.write_table(out / "text", {key: normalize(text.text, settings.normalize) for key, text in best.items()})
+
+
+def _ctm_line(key: str, word: Word) -> str:
+    """Return a line of NIST's CTM format: utterance, channel, begin, duration, word, confidence."""
+    length_s = word.end_s - word.start_s
+    return f"{key} 1 {word.start_s:.2f} {length_s:.2f} {word.text.replace(' ', '_')} {word.confidence:.3f}\n"
 
 
 def _source(data_dir: Path, config: Config, origin: Origin) -> Source:

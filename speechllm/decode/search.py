@@ -103,6 +103,8 @@ class Search:
             elif len(self.live) < beam:
                 self.live.append(self._followed(before[candidate.row], candidate))
                 picked.append(candidate)
+        if not self.live and not self.finished:  # weights that are not finite have no candidates
+            self.finished = before
         if self.live and len(self.live[0].tokens) >= self.max_tokens:
             self.finished += self.live
             self.live, picked = [], []

@@ -234,7 +234,7 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
     fix = "choose another --exp, or remove this folder to start over"
     if (exp / CONFIG_FILE).is_file():
         changed = configs.differences(configs.load(exp / CONFIG_FILE), config)
-        changed = [line for line in changed if not line.startswith(("decode.", "device"))]
+        changed = [line for line in changed if not line.startswith(("decode.", "heads.", "device"))]
         if changed:
             raise ConfigError(exp, f"was started with another configuration ({', '.join(changed)})", fix)
     if (exp / RECORD).is_file():

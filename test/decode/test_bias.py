@@ -63,6 +63,10 @@ def pieces_after(bias: Bias, utterance: UtteranceBias, text: str) -> dict[bytes,
     return {bias.bytes_of[token]: gain for token, gain in boosts.items()}
 
 
+def given_after(bias: Bias, utterance: UtteranceBias, text: str) -> float:
+    return utterance.given(after(bias, utterance, text))
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("kana", [None, "キョーワトーキョーエキカラキョートエイク", "ワシオトーキョートーキョー"])
 def test_what_is_added_step_by_step_is_the_bonus_of_the_text(kind: str, kana: str | None) -> None:
@@ -70,8 +74,8 @@ def test_what_is_added_step_by_step_is_the_bonus_of_the_text(kind: str, kana: st
     utterance = bias.for_utterance(None if kana is None else heard(kana))
     vocabulary = range(len(bias.bytes_of) + 1)  # one more: heads have rows that no token has
     draw = random.Random(5)  # noqa: S311 - no secret
-    given = False
-    for _ in range(20):
+    most = 0.0
+    for _ in range(6):
         state, total = utterance.start, 0.0
         for _ in range(12):
             boosts, back = utterance.boosts(state), utterance.taken_back(state)
@@ -83,8 +87,8 @@ def test_what_is_added_step_by_step_is_the_bonus_of_the_text(kind: str, kana: st
             total += back + boosts.get(token, 0.0)
             state = utterance.next(state, token)
             assert utterance.given(state) == pytest.approx(total)
-        given = given or state.settled > 0
-    assert given
+            most = max(most, total)
+    assert most > 0
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -103,7 +107,15 @@ def test_a_word_that_breaks_off_loses_what_it_was_given() -> None:
     begun, left = (after(bias, utterance, text) for text in ("東", "東西"))
     assert (utterance.given(begun), utterance.given(left)) == (8.0, 0.0)
     assert utterance.taken_back(begun) == -8.0
-    assert utterance.given(after(bias, utterance, "東東")) < 8.0  # begun anew, too late for where it was heard
+
+
+def test_a_word_that_breaks_off_is_not_begun_again_where_it_was_heard_once() -> None:
+    bias = bias_of(("東京\tトウキョウ",), settings=BiasSettings(misplaced=0.0))
+    once, twice = (bias.for_utterance(heard(kana)) for kana in ("トーキョー", "トーキョートトーキョー"))
+    assert pieces_after(bias, once, "東西") == {}
+    assert given_after(bias, once, "東東") == 0.0
+    assert given_after(bias, twice, "東東京") == 45.0
+    assert given_after(bias, twice, "東東京東") == 45.0
 
 
 def test_the_better_a_word_was_heard_and_the_longer_it_is_the_more_it_is_worth() -> None:
@@ -207,13 +219,14 @@ def test_the_search_writes_a_word_that_was_heard_and_no_other_text_changes(tmp_p
         return pad_frames([frames[key] for key in keys], tiny.CPU)
 
     def texts(kana: Sequence[str]) -> dict[str, str]:
-        """Decode; `kana` are heard in utterances of 24 frames, and nothing of the word in others."""
+        """Decode; the first of `kana` is heard in utterance 1, the second in all others."""
 
-        def biases(_: Tensor, frames_b: Sequence[int]) -> list[UtteranceBias]:
-            return [bias.for_utterance(heard(kana[0] if count == len(frames["1"]) else kana[1])) for count in frames_b]
+        def hear(_: Tensor, frames_b: Sequence[int]) -> list[Floats]:
+            return [heard(kana[0] if count == len(frames["1"]) else kana[1]) for count in frames_b]
 
-        decoder = Decoder(model, DecodeConfig(beam=beam, extra_tokens=8, batch_size=3), Aids(bias=biases))
-        return {key: nbest[0].text for key, nbest in decoder.texts(durations, fetch)}
+        aids = Aids(hear=hear, bias=bias.for_utterance)
+        decoder = Decoder(model, DecodeConfig(beam=beam, extra_tokens=8, batch_size=3), aids)
+        return {one.key: one.nbest[0].text for one in decoder.texts(durations, fetch)}
 
     plain = texts(("アメ", "アメ"))
     found = texts(("キョー", "アメ"))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from speechllm.decode.batched import Text
+    from speechllm.decode.batched import Decoded
 
 SAMPLES = {"a": 9_000, "b": 4_000, "c": 12_345, "d": 5_500, "e": 7_000}
 DECODE = {"batch_size": 2, "extra_tokens": 6, "tokens_per_s": 4.0}
@@ -74,7 +74,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, utterances: int) -> None:
     """Let decoding end after so many utterances."""
     whole = Decoder.texts
 
-    def cut_short(*given: Any) -> Iterator[tuple[str, list[Text]]]:
+    def cut_short(*given: Any) -> Iterator[Decoded]:
         for number, found in enumerate(whole(*given)):
             if number == utterances:
                 raise Killed
@@ -111,7 +111,9 @@ def test_the_speed_is_that_of_the_sound_that_was_decoded(whole: Path) -> None:
     assert rtf["audio_s"] == pytest.approx(audio_s, abs=1e-3)
     assert rtf["rtf"] == pytest.approx(float(str(rtf["wall_s"])) / audio_s, rel=1e-3)
     cut = sum(not entry["nbest"][0]["ended"] for entry in lines(whole / "nbest.jsonl"))  # type: ignore[index]
-    assert rtf["cut"] == cut
+    none = {"utterances": 0, "rate": 0.0}
+    cut_too = {"utterances": cut, "rate": pytest.approx(cut / len(SAMPLES))}
+    assert rtf["guards"] == {"no_speech": none, "loop": none, "doubtful": none, "cut": cut_too}
 
 
 def test_sounds_and_their_features_give_the_same_texts(setting: Setting, whole: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from speechllm.decode.batched import Text
+    from speechllm.decode.batched import Decoded
 
 SAMPLES = {"a": 9_000, "b": 4_000, "c": 12_345, "d": 5_500, "e": 7_000}
 
@@ -82,7 +82,7 @@ class Killed(Exception):  # noqa: N818 - it stands for what no code can catch
 def kill_after_two(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Decoder.texts
 
-    def cut_short(*given: Any) -> Iterator[tuple[str, list[Text]]]:
+    def cut_short(*given: Any) -> Iterator[Decoded]:
         yield from itertools.islice(whole(*given), 2)
         raise Killed
 

@@ -54,10 +54,10 @@ def test_runs_are_merged_and_blanks_keep_two_apart() -> None:
 @pytest.mark.parametrize(
     ("tokens", "accepted", "correction", "rest"),
     [
-        ([5, 6, 7, 8], 1, 9, (7, 8)),  # it had taken 9 for 6
+        ([5, 6, 7, 8], 1, 9, (6, 7, 8)),  # it lacked 9
         ([5, 6, 7, 8], 1, 7, (8,)),  # it had said 6 too much
         ([5, 6, 7, 8], 0, 8, ()),
-        ([5, 6, 7, 8, 9, 4], 0, 4, (6, 7, 8, 9, 4)),  # too far away to be meant
+        ([5, 6, 7, 8, 9, 3, 4], 0, 4, (5, 6, 7, 8, 9, 3, 4)),  # too far away to be meant
         ([5, 6, 7], 3, 9, ()),
         ([], 0, 1, ()),
     ],
@@ -71,12 +71,14 @@ def test_a_draft_goes_on_behind_a_wrong_token(
 @pytest.mark.parametrize(
     ("tokens", "forwards"),
     [
-        ([1, 2, 3, 4, 5], 1),
+        ([1, 2, 3, 4, 5], 2),  # four at a time
+        ([1, 2, 3, 4], 2),
         ([], 6),
-        ([1, 9, 3, 4, 5], 2),  # one wrong
+        ([1, 9, 3, 4, 5], 3),  # one wrong
         ([1, 9, 2, 3, 4, 5], 2),  # one too many
+        ([1, 3, 4, 5], 2),  # one too few
         ([9, 9, 9], 6),
-        ([1, 2, 3, 4, 5, 8, 8], 1),  # the end comes before the rest of the draft
+        ([1, 2, 3, 4, 5, 8, 8], 2),  # the end comes before the rest of the draft
     ],
 )
 def test_forwards_that_a_draft_leaves(tokens: list[int], forwards: int) -> None:
@@ -91,4 +93,4 @@ def test_no_draft_costs_more_forwards_than_none() -> None:
         forwards, read = checks(tokens, text)
         assert 1 <= forwards <= len(text)
         assert read >= 0
-        assert checks(text[:-1], text)[0] == 1
+        assert checks(text[:-1], text, look=99) == (1, len(text) - 1)

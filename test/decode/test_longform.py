@@ -26,7 +26,7 @@ class Ear:
     """Keeps what it hears; its text is how many samples that was."""
 
     def __init__(self, longest_s: float = 30.0) -> None:
-        self.longest_s = longest_s
+        self.longest_s = self.joined_s = longest_s
         self.batches: list[list[Wave]] = []
 
     def recognize(
@@ -107,7 +107,7 @@ def test_what_is_held_does_not_grow_with_silence_or_with_speech() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(longform._Held, "forget", watched)
-        assert sum(1 for _ in longform.sounds(blocks(wave), 6.0, 0.6)) > 8
+        assert sum(1 for _ in longform.sounds(blocks(wave), 6.0, 0.6, 6.0)) > 8
     assert max(held) < (6 + 5 + 5) * 16_000  # the longest sound, the detector's block, the pause that ends it
 
 
@@ -146,6 +146,25 @@ def test_spans_are_joined_over_short_pauses_and_cut_at_the_longest() -> None:
     assert joiner.settle(21.5) == []
     assert joiner.settle(21.7) == [(20, 21)]
     assert joiner.finish() == []
+
+
+def test_a_span_longer_than_what_is_joined_stays_one() -> None:
+    joiner = longform.Joiner(4.0, 0.6)
+    assert joiner.add([span(0, 1), span(1.5, 9)]) == [(0, 1)]
+    assert joiner.add([span(9.1, 10)]) == [(1.5, 9)]
+    assert joiner.finish() == [(9.1, 10)]
+
+
+def test_sounds_are_joined_up_to_what_the_options_say() -> None:
+    wave, _ = spoken.recording([0.5, 0.6, 0.6, 0.6])
+    lengths_s: dict[float, list[float]] = {}
+    for joined_s in (10.0, 5.0, 1.0):
+        ear = Ear()
+        ear.joined_s = joined_s
+        segments = longform.transcribe_blocks(ear, blocks(wave)).segments
+        lengths_s[joined_s] = [segment.end_s - segment.start_s for segment in segments]
+    assert [len(found) for found in lengths_s.values()] == [1, 3, 4]
+    assert max(lengths_s[5.0]) <= 5.0
 
 
 def test_progress_adds_up_to_the_length() -> None:

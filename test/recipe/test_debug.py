@@ -48,9 +48,18 @@ def test_the_recipe_overfits_its_few_utterances_to_cer_0(recipe: Path) -> None:
     assert "| 0.00 [0.00, 0.00] |" in (recipe / "exp/debug/RESULTS.md").read_text(encoding="utf-8")
 
 
+def test_the_packed_model_tells_its_score_and_its_sums_hold(recipe: Path) -> None:
+    card = (recipe / "exp/debug/packed/README.md").read_text(encoding="utf-8")
+    assert "| debug_train | 8 | CER | 0.00 | 0.00 to 0.00 |" in card
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=recipe / "exp/debug/packed", check=False, timeout=60
+    )
+    assert checked.returncode == 0
+
+
 def test_a_second_run_changes_nothing(tree: Path, recipe: Path) -> None:
     made = ["exp/debug/model/trained.safetensors", "exp/debug/decode_greedy/debug_train/nbest.jsonl"]
-    made += ["dump/encoder/debug_train/feats.scp", "exp/debug/metrics.jsonl"]
+    made += ["dump/encoder/debug_train/feats.scp", "exp/debug/metrics.jsonl", "exp/debug/packed/trained.safetensors"]
     before = [(recipe / name).stat().st_mtime_ns for name in made]
     again = run(tree, "--conf", "debug")
     assert again.returncode == 0, again.stderr
@@ -127,7 +136,7 @@ def test_a_missing_transcript_stops_the_recipe_and_leaves_no_dump(tree: Path, re
     [
         (("--frobnicate", "1"), "unknown option --frobnicate"),
         (("--stage", "three"), "--stage needs a number, got 'three'"),
-        (("--stage", "9"), "stages go from 1 to 5"),
+        (("--stage", "9"), "stages go from 1 to 6"),
         (("--stage", "4", "--stop-stage", "3"), "--stage 4 comes after --stop-stage 3"),
         (("--conf", "nope"), "no configuration nope"),
         (("--exp", "../out"), "--exp '../out' is no plain name"),
@@ -154,6 +163,7 @@ def test_list_and_help_explain(tree: Path) -> None:
         ["3", "train"],
         ["4", "decode"],
         ["5", "score"],
+        ["6", "pack"],
     ]
     for option in ("--stage", "--stop-stage", "--stop_stage", "--conf", "--nj", "--ngpu", "--launcher", "--sets"):
         assert option in run(tree, "--help").stdout

@@ -253,7 +253,7 @@ def wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lambda utt: (None, replace(utt, wav=utt.wav.with_name("no.wav"))),
             "no.wav no such audio file; mend utterances",
         ),
-        (lambda utt: (None, replace(utt, wav=Path("ls |"))), "u: its sound is a command, which is never run; mend"),
+        (lambda utt: (None, replace(utt, wav=Path("ls |"))), "u: its sound is a command, which is not run; mend"),
         (lambda utt: (None, replace(utt, end_s=1.5)), "u: goes from 0.0 to 1.5 s of "),
         (lambda utt: (None, replace(utt, start_s=0.7, end_s=0.2)), "u: goes from 0.7 to 0.2 s of "),
         (lambda utt: (None, replace(utt, start_s=float("nan"))), "u: goes from nan to 1.0 s of "),
