@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechllm.model.graphs import Graphs
 from speechllm.model.splice import on
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.model.lm import LanguageModel
+    from speechllm.model.packing import Rows
 
 GROWS_BY = 64  # positions; a store that grows is copied
 
@@ -40,6 +42,8 @@ class Slots:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._shared: dict[int, tuple[Tensor, Tensor]] = {}
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
+        self.graphs = Graphs(self) if self.device.type == "cuda" else None
         self.shared = 0
         """Positions at the beginning that all rows have in common."""
 
@@ -64,19 +68,44 @@ class Slots:
         begins = [*self.lengths, *[self.shared] * len(new)]
         ends = [begin + count for begin, count in zip(begins, [*more, *new], strict=True)]
         self._make_room(len(ends), max(ends))
+        if self.graphs is not None and not new and not self.graphs.broken and set(more) == {1}:
+            states_rd = self._read_recorded(embeds_nd, begins)
+        else:
+            states_rd = self._read_plain(embeds_nd, begins, more, new)
+        self.lengths = ends
+        return states_rd
+
+    def _read_recorded(self, embeds_rd: Tensor, places: Sequence[int]) -> Tensor:
+        """Return the states of one more token a row, by a graph that was compared with the plain way before."""
+        assert self.graphs is not None
+        self._make_room(self.graphs.rows(len(places)), 0)
+        if self.graphs.proven:
+            return self.graphs.read(embeds_rd, places)
+        states_rd = self._read_plain(embeds_rd, places, [1] * len(places), [])
+        self.graphs.agrees(states_rd, embeds_rd, places)
+        return states_rd
+
+    def _read_plain(self, embeds_nd: Tensor, begins: Sequence[int], more: Sequence[int], new: Sequence[int]) -> Tensor:
         step = Step(self, Group(0, begins[: len(more)], list(more)), Group(len(more), begins[len(more) :], list(new)))
+        return self.forward(embeds_nd, step.positions_1n, step)
+
+    def forward(self, embeds_nd: Tensor, positions_1n: Tensor, rows: Rows) -> Tensor:
+        """Return the last hidden states [n d] of tokens, `rows` being what attention sees of the store."""
         body: Any = self.lm.model.base_model
         output = body(
             inputs_embeds=embeds_nd[None],
             # never looked at; a mask of four dimensions keeps transformers from making one of n x n
-            attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
-            position_ids=step.positions_1n,
+            attention_mask=self._no_mask,
+            position_ids=positions_1n,
             use_cache=False,
-            slots=step,
+            slots=rows,
         )
-        self.lengths = ends
         states: Tensor = output.last_hidden_state[0]
         return states
+
+    def kept(self, block: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and values [r k l c] that there is room for in a block."""
+        return self._keys[block], self._values[block]
 
     def keep(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Let row i become what row ``rows[i]`` is, up to ``lengths[i]`` positions; the others are free again."""
@@ -108,6 +137,8 @@ class Slots:
         """Make the store larger where it must be."""
         if rows <= self.capacity[0] and positions <= self.capacity[1]:
             return
+        if self.graphs is not None:
+            self.graphs.forget()
         old = self.capacity
         self.capacity = (max(rows, old[0]), max(-(-positions // GROWS_BY) * GROWS_BY, old[1]))
         for store in (self._keys, self._values):
