@@ -203,7 +203,8 @@ def run(options: Options) -> Outcome:
         data = prepare(size, device, dtype, count)
         at_once, batch = options.tokens or AT_ONCE[name], GENERATE_AT_ONCE[name]
         peers: list[System] = [Generate(1), Generate(batch), Generate(batch, by_length=True)]
-        found = compare(data, [*(Ours(rows) for rows in at_once), *peers], 1 if options.quick else min(ROUNDS, size.rounds), dtype)
+        rounds = 1 if options.quick else min(ROUNDS, size.rounds)
+        found = compare(data, [*(Ours(rows) for rows in at_once), *peers], rounds, dtype)
     return replace(found, settings={"size": name, "dtype": dtype, **found.settings})
 
 

@@ -162,7 +162,7 @@ def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _apply(content: dict[str, Any], override: str) -> None:
     dotted, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(override, "is no override", "write it as key.key=value")
+        raise ConfigError(override if override.strip() else "--set", "is no override", "write it as key.key=value")
     *parents, last = dotted.split(".")
     target = content
     for key in parents:

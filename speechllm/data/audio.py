@@ -53,8 +53,7 @@ def inspect(path: Path) -> AudioInfo:
     Raises:
         DataError: no such file, not audio, cut short, or a rate, channel count or length out of bounds.
     """
-    if not path.is_file():
-        raise DataError(path, "no such audio file", "mend its path in wav.scp")
+    _require_file(path)
     try:
         header = soundfile.info(str(path))
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: headerless, by its name
@@ -76,6 +75,15 @@ def inspect(path: Path) -> AudioInfo:
     if info.duration_s > MAX_DURATION_S:
         raise DataError(path, f"lasts {info.duration_s:.0f} s", "cut it into recordings of four hours at most")
     return info
+
+
+def _require_file(path: Path) -> None:
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a folder that may not be looked into, a name too long to be one
+        raise DataError(path, f"cannot be read ({error.strerror})", "mend its path in wav.scp") from error
+    if not is_there:
+        raise DataError(path, "no such audio file", "mend its path in wav.scp")
 
 
 def _reason(error: Exception) -> str:

@@ -30,5 +30,5 @@ def aids_of(model: SpeechLlm, heads: Heads | None, hotwords: Hotwords | None) ->
         return [] if heads is None else draft(heads, frames_beh, frames_b)
 
     has_drafts = heads is not None and heads.tokens is not None
-    bias = None if hotwords is None else Bias(hotwords, model.lm.tokenizer).for_utterance
+    bias = None if hotwords is None else Bias(hotwords, model.lm.tokenizer).if_heard
     return Aids(hear=hear, bias=bias, draft=drafts if has_drafts else None)

@@ -66,7 +66,7 @@ class Aids:
     """Frames [b e h] and their true lengths to what a kana recogniser hears in each."""
     is_silent: Callable[[str, Kana], bool] | None = None
     """Whether nothing was said in an utterance; its text is then empty, and no search is made."""
-    bias: Callable[[Kana | None], UtteranceBias] | None = None
+    bias: Callable[[Kana | None], UtteranceBias | None] | None = None
     """Hotwords of an utterance."""
     draft: Callable[[Tensor, Sequence[int]], list[tuple[int, ...]]] | None = None
     """Frames to what the text of each may be, in tokens."""

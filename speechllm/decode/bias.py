@@ -2,8 +2,8 @@
 
 A word is worth some nats: the more, the longer it is and the better it was heard, and the less, the further the text is
 from the place where it was heard (the reading of what is written so far is held against the kana heard before the
-word). A text has them as soon as it begins the word, keeps them if it writes the whole word, and loses them if it turns
-away. So
+word). Short words weigh less and must be heard better: two or three kana sound like a part of many other words. A text
+has the nats as soon as it begins the word, keeps them if it writes the whole word, and loses them if it turns away. So
 
     bonus of a text = worth of the words it holds whole + worth of the best word that it has begun
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from speechllm.decode.hotwords import Hotwords
 
 ROOT = 0
+LONG = 4
+"""Words of so many kana have all of their weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,20 @@ class BiasSettings:
     """Nats that a word is worth at most."""
     limit: float = 1.5
     """Nats a kana (`Heard.cost`) at which a word counts as not heard."""
+    short: float = 0.15
+    """The part of `per_kana` and of `limit` that a word loses for each kana that it has less than `LONG`."""
     misplaced: float = 0.7
     """The part of its worth that a word loses for each kana between the text and the place where it was heard."""
     rival: float = 0.85
     """A word goes whose place a better one has, unless it explains this part of what the better one does."""
     unheard: float = 3.0
     """Nats of every word where the model has no kana recogniser."""
+
+    def worth(self, kana: int, cost: float) -> float:
+        """Return the nats of a word of so many kana that was heard at this cost, `most` not regarded; 0 is unheard."""
+        share = max(0.0, 1.0 - self.short * max(0, LONG - kana))
+        limit = self.limit * share
+        return self.per_kana * kana * share * (1.0 - cost / limit) if cost < limit else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +191,26 @@ class Bias:
             places[word] = (*places.get(word, ()), place)
         return UtteranceBias(self, places, sound_key("".join(written)))
 
+    def if_heard(self, kana: Floats | None) -> UtteranceBias | None:
+        """Return the bias of an utterance, None where no word was heard: the search is then that without a list."""
+        utterance = self.for_utterance(kana)
+        return utterance if utterance.places else None
+
     def _worths(self, kana: Floats) -> list[tuple[int, float, Heard]]:
         """Return (word, its worth, where it was heard), without words whose place a clearly better one has."""
-        limit, per_kana = self.settings.limit, self.settings.per_kana
+        settings = self.settings
         found = [
-            (word, per_kana * length * (1.0 - heard.cost / limit), heard)
+            (word, worth, heard)
             for word, length, places in zip(
-                self._word_of_reading, self._lengths, self._listener.listen(kana, limit), strict=True
+                self._word_of_reading, self._lengths, self._listener.listen(kana, settings.limit), strict=True
             )
             for heard in places
-            if heard.cost < limit
+            if (worth := settings.worth(length, heard.cost)) > 0
         ]
         return [
-            (word, min(self.settings.most, worth), heard)
+            (word, min(settings.most, worth), heard)
             for word, worth, heard in found
-            if not any(worth < self.settings.rival * more and heard.overlaps(other) for _, more, other in found)
+            if not any(worth < settings.rival * more and heard.overlaps(other) for _, more, other in found)
         ]
 
     def _find_openings(self) -> dict[int, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from speechllm import cli
-from speechllm.bench import corpus, models, train
+from speechllm.bench import corpus, decode, models, train
 from speechllm.bench.closer import closer_look
 from speechllm.bench.count import one_pass
 from speechllm.errors import EXIT_OURS, EXIT_USER
@@ -71,6 +71,38 @@ def test_training_is_compared_with_three_others(capsys: pytest.CaptureFixture[st
     assert small["peak_gib"] is None
     for name in ("slam_style", "vs_hf_trainer", "ours 600"):
         assert name in out
+
+
+def test_decoding_is_compared_with_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "decode.json"
+    assert cli.run(["bench", "decode", "--quick", "--size", "tiny", "--json", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["equal"] is True
+    assert set(found["ratios"]) == {"vs_per_utterance", "vs_batched_generate", "vs_sorted_generate"}
+    assert all(difference == {"texts": 0.0} for difference in found["differences"].values())
+    counters = found["counters"]
+    assert set(counters) == {"ours 1", "ours 8", "generate 1", "generate 8", "generate 8 sorted"}
+    assert counters["ours 8"]["over needed"] == counters["ours 1"]["over needed"] == 1.0
+    assert (
+        counters["generate 8"]["row steps"]
+        > counters["generate 8 sorted"]["row steps"]
+        > counters["ours 8"]["row steps"]
+    )
+    assert counters["ours 8"]["positions"] < counters["generate 1"]["positions"]  # the prompt is read once
+    assert "ours 8" in capsys.readouterr().out
+
+
+def test_other_tokens_end_the_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decode.Ours.decode
+
+    def off(self: decode.Ours, data: decode.Set) -> decode.Texts:
+        found = whole(self, data)
+        first = next(iter(found))
+        return {**found, first: (*found[first][:-1], found[first][-1] + 1)}
+
+    monkeypatch.setattr(decode.Ours, "decode", off)
+    assert cli.run(["bench", "decode", "--quick", "--size", "tiny"]) == EXIT_OURS
+    assert capsys.readouterr().err.endswith("error: bench: decode: ours 1 gave 1 other texts than generate 1\n")
 
 
 def test_the_dump_is_compared_with_a_plain_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

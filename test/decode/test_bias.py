@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from speechllm.decode.hearing import Floats
 
 WORDS = ("東京\tトウキョウ", "東京駅\tトウキョウエキ", "京都\tキョウト", "鷲尾\tワシオ", "天\tテン")
-SETTINGS = BiasSettings(per_kana=2.0, most=8.0, limit=2.0, misplaced=0.4, unheard=3.0)
+SETTINGS = BiasSettings(per_kana=2.0, most=8.0, limit=2.0, short=0.0, misplaced=0.4, unheard=3.0)
 TOKENIZERS = {"pieces": tiny.tokenizer, "byte level": tiny.byte_level_tokenizer}
 
 
@@ -130,10 +131,39 @@ def test_the_better_a_word_was_heard_and_the_longer_it_is_the_more_it_is_worth()
     assert worth("鷲尾\tワシオ", "ワキモト") == 0.0
 
 
+def test_a_short_word_weighs_less_and_must_be_heard_better() -> None:
+    def worth(word: str, kana: str, short: float) -> float:
+        settings = dataclasses.replace(SETTINGS, short=short)
+        utterance = bias_of((word,), settings=settings).for_utterance(heard(kana))
+        return max(utterance.boosts(utterance.start).values(), default=0.0)
+
+    assert worth("久我\tクガ", "クガツ", short=0.0) == pytest.approx(2.0 * 2)
+    assert worth("久我\tクガ", "クガツ", short=0.2) == pytest.approx(2.0 * 2 * 0.6)
+    assert worth("鷲尾\tワシオ", "ワシオ", short=0.2) == pytest.approx(2.0 * 3 * 0.8)
+    assert worth("冷泉\tレイゼイ", "レーゼー", short=0.2) == pytest.approx(2.0 * 4)
+    # one kana of three is wrong: 5/3 nats a kana, under a limit of 2 and over one of 2 * 0.8
+    assert worth("七尾\tナナオ", "ナナオ", short=0.2) > worth("七尾\tナナオ", "ナラオ", short=0.0) > 0.0
+    assert worth("七尾\tナナオ", "ナラオ", short=0.2) == 0.0
+    assert worth("久我\tクガ", "クガツ", short=0.5) == 0.0
+
+
+def test_short_words_lose_nothing_where_no_kana_are_heard() -> None:
+    utterance = bias_of(("久我\tクガ",), settings=BiasSettings()).for_utterance(None)
+    assert set(utterance.boosts(utterance.start).values()) == {3.0}
+
+
 def test_a_word_that_was_not_heard_is_not_there() -> None:
-    utterance = bias_of().for_utterance(heard("アシタワアメデス"))
+    bias = bias_of()
+    utterance = bias.for_utterance(heard("アシタワアメデス"))
     assert utterance.places == {}
     assert utterance.boosts(utterance.start) == {}
+    assert bias.if_heard(heard("アシタワアメデス")) is None
+
+
+def test_a_word_that_was_heard_is_there() -> None:
+    bias = bias_of()
+    there = [bias.if_heard(heard("ワシオサンデス")), bias.if_heard(None)]
+    assert [len(one.places) for one in there if one is not None] == [1, len(WORDS)]
 
 
 def test_a_word_has_its_weight_where_it_was_heard() -> None:
@@ -234,6 +264,28 @@ def test_the_search_writes_a_word_that_was_heard_and_no_other_text_changes(tmp_p
     assert found["1"].count("今日") == 1
     assert not any(text.startswith("今日") for text in plain.values())
     assert {key: text for key, text in found.items() if key != "1"} == {k: t for k, t in plain.items() if k != "1"}
+
+
+def test_a_list_of_which_nothing_was_heard_keeps_drafts_on(tmp_path: Path) -> None:
+    model = tiny.speech_llm(tiny.llama(tmp_path), "llama", ConvMlpProjector(stride=3, hidden=8)).eval()
+    torch.manual_seed(3)
+    frames_eh = 3 * torch.randn(24, tiny.WIDTH_H)
+    bias = bias_of(("今日\tキョウ",), model.lm.tokenizer)
+
+    def run(aids: Aids) -> tuple[str, int, int]:
+        """Return the text, its tokens, and the forwards that it took."""
+        decoder = Decoder(model, DecodeConfig(extra_tokens=8), aids)
+        (found,) = decoder.texts({"a": 0.48}, lambda _: pad_frames([frames_eh], tiny.CPU))
+        return found.nbest[0].text, found.nbest[0].num_tokens, decoder.spent.forwards
+
+    def hear(_: Tensor, frames_b: Sequence[int]) -> list[Floats]:
+        return [heard("アメ") for _ in frames_b]
+
+    text, _, forwards = run(Aids())
+    ids = tuple(model.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+    helped = run(Aids(hear=hear, draft=lambda *_: [ids]))
+    assert (helped[0], helped[2] < forwards) == (text, True)
+    assert run(Aids(hear=hear, bias=bias.if_heard, draft=lambda *_: [ids])) == helped
 
 
 def test_the_blank_of_a_tokenizer_is_a_blank() -> None:

@@ -9,6 +9,7 @@ sets, so most of it is never spoken. The rest is ``mini_eval`` (``mini_dev`` for
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--deaf", action="store_true", help="as if the model had no kana recogniser")
     parser.add_argument("--beam", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print texts that differ")
+    parser.add_argument("--quick", type=int, metavar="N", help="only N sentences of each set, to see that it runs")
     return exit_status(lambda: measure(parser.parse_args()))
 
 
@@ -88,7 +90,10 @@ def measure(options: argparse.Namespace) -> None:
     config, origin = read_model(options.model)
     encoder = encoder_of(config, origin)
     surface_of = corpus.spoken_names(options.part)
-    sets = {"names": _spoken(encoder, named, surface_of), "rest": _spoken(encoder, rest, {})}
+    sets = {
+        "names": _spoken(encoder, named, surface_of, options.quick),
+        "rest": _spoken(encoder, rest, {}, options.quick),
+    }
     lines = [f"{name.surface}\t{name.reading}" for name in corpus.names()]
     decode = config.decode.model_copy(update={"beam": options.beam})
     plain = {name: _texts(model, one, decode, Aids()) for name, one in sets.items()}
@@ -111,8 +116,9 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def _spoken(encoder: SpeechEncoder, data: DataDir, surface_of: Mapping[str, str]) -> Spoken:
-    texts = data.texts()
+def _spoken(encoder: SpeechEncoder, data: DataDir, surface_of: Mapping[str, str], count: int | None = None) -> Spoken:
+    """Return the utterances of a data directory, or the first `count` of them, encoded."""
+    texts = dict(itertools.islice(data.texts().items(), count))
     ids = list(texts)
     frames: dict[str, Tensor] = {}
     for start in range(0, len(ids), BATCH):
