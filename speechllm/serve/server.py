@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
-from speechllm.errors import ConfigError
+from speechllm.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
 
     import uvicorn
     from fastapi import FastAPI
@@ -76,8 +78,10 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
     Raises:
         ConfigError: packages are missing, the address cannot be listened at, or there is no model by default.
         ModelError: the folder holds no model.
+        Stopped: SIGTERM came, which a manager of services sends.
     """
     check_packages()
+    signal.signal(signal.SIGTERM, _stop)  # uvicorn ends what is at work, and then raises it again
     with listen(host, port) as sock:
         from speechllm.recognizer import SpeechLLM
         from speechllm.serve.app import create_app
@@ -92,6 +96,10 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
             asyncio.run(make_server(create_app(service), limits).serve(sockets=[sock]))
         finally:
             service.batches.join(STOP_S)  # a thread that is cut off inside the model can crash the process
+
+
+def _stop(number: int, _frame: FrameType | None) -> Never:
+    raise Stopped(f"by {signal.Signals(number).name}")
 
 
 def model_name(folder: Path) -> str:

@@ -6,9 +6,9 @@ Its times are shorter than those by default, so that no test waits a minute; all
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +25,7 @@ from untrained import make
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("serve", "decode")]
 import spoken
 from bombs import flac_bomb
-from running import PATH, RATE_HZ, Running, wait_until, wav
+from running import PATH, wait_until, wav
 from test_serve_limits import HEAD, TAIL, drip, request, status_of
 
 if TYPE_CHECKING:
@@ -55,8 +55,11 @@ class Server:
     def post(self, data: bytes, **fields: str) -> httpx.Response:
         return self.client.post(PATH, files={"file": ("a.wav", data)}, data=fields)
 
-    def raw(self, data: bytes) -> contextlib.closing[object]:
-        raise NotImplementedError
+    def raw(self, data: bytes) -> socket.socket:
+        """Return a connection on which `data` was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), 30)
+        connection.sendall(data)
+        return connection
 
     def busy(self) -> int:
         """Return the number of requests that hold a place."""
@@ -109,3 +112,118 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         status = process.wait(60)
     assert status == 75, log.read_text(encoding="utf-8")
     assert list(temporary.iterdir()) == []
+
+
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+# 47: sizes
+
+
+def test_47_a_body_that_is_too_large_is_refused_whatever_it_says_of_its_length(server: Server) -> None:
+    """The first says so, and is not read; the second says nothing; the third says less."""
+    with server.raw(request(10**9, "Expect: 100-continue")) as connection:
+        assert status_of(connection) == 413
+
+    def chunks() -> Iterator[bytes]:
+        yield HEAD
+        for _ in range(50):
+            yield bytes(10_000)
+
+    kind = {"Content-Type": "multipart/form-data; boundary=xxboundaryxx"}
+    assert code_of(server.client.post(PATH, content=chunks(), headers=kind)) == (413, "request_too_large")
+    body = HEAD + server.sound + TAIL
+    with server.raw(request(len(HEAD) + 20) + body) as connection:
+        assert status_of(connection) == 400
+    with server.raw(request(len(body)) + body + bytes(100_000)) as connection:
+        assert status_of(connection) == 200
+    server.assert_well()
+
+
+@pytest.mark.parametrize("lengths", [["-5"], ["9" * 30], ["5", "6"], ["0x10"]])
+def test_47_a_content_length_that_lies_is_refused(server: Server, lengths: list[str]) -> None:
+    lines = [f"Content-Length: {length}" for length in lengths]
+    with server.raw(request(None, *lines) + HEAD) as connection:
+        assert status_of(connection) in {400, 413}
+    server.assert_well()
+
+
+# 48: a small file that unpacks to a large one
+
+
+@pytest.mark.parametrize("claimed", [None, 0, 10**9, 2**36 - 1])
+def test_48_a_decompression_bomb_is_refused_and_takes_no_memory(server: Server, claimed: int | None) -> None:
+    bomb = flac_bomb(1602, claimed)
+    assert len(bomb) < 56_000
+    before = server.peak_memory()
+    assert code_of(server.post(bomb)) == (413, "recording_too_long")
+    server.assert_well()
+    assert server.peak_memory() - before < MORE_MEMORY
+
+
+def test_48_a_bomb_that_claims_a_second_is_unpacked_for_a_second(server: Server) -> None:
+    answer = server.post(flac_bomb(1602, 16_000), response_format="verbose_json")
+    assert (answer.status_code, answer.json()["duration"], answer.json()["text"]) == (200, 1.0, "")
+    server.assert_well()
+
+
+# 49: a file that hangs the decoder
+
+
+def test_49_a_decoder_that_hangs_is_killed_and_the_server_answers_meanwhile(server: Server) -> None:
+    """It is held at the moment it begins, as a fault of a decoder would hold it."""
+    with ThreadPoolExecutor(1) as pool:
+        body = flac_bomb(900, 16_000 * 59)
+        answer = pool.submit(server.post, body)
+        wait_until(lambda: bool(server.unpacking()) or answer.done())
+        for pid in server.unpacking():
+            os.kill(pid, signal.SIGSTOP)
+        held = server.unpacking()
+        assert held, answer.result().text
+        assert server.post(server.sound).status_code == 200
+        assert code_of(answer.result()) == (422, "broken_file")
+    assert "took longer than 4 s to decode" in answer.result().text
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in held))
+    server.assert_well()
+
+
+# 50: slow clients, many of them, and those that leave
+
+
+def test_50_slow_clients_have_their_time_and_then_no_more(server: Server) -> None:
+    for begin in (request(5000) + HEAD, b"GET / HTTP/1.1\r\nX-A: ", b""):
+        with server.raw(begin) as connection:
+            dripping = threading.Thread(target=drip, args=(connection,))
+            dripping.start()
+            with contextlib.suppress(ConnectionResetError):
+                assert status_of(connection) in ({408} if begin.startswith(b"POST") else {0, 400})
+            dripping.join(60)
+    server.assert_well()
+
+
+def test_50_of_a_flood_each_is_answered_or_told_to_come_again(server: Server) -> None:
+    good = server.post(server.sound).json()
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: server.post(server.sound), range(24)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert [answer.json() for answer in answers if answer.status_code == 200].count(good) >= 3
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "5"
+        else:
+            assert answer.json() == good
+    server.assert_well()
+
+
+def test_50_who_leaves_takes_his_request_with_him(server: Server) -> None:
+    """One leaves while sending, one while his file is unpacked, one while he waits for the text."""
+    leaving = [server.raw(request(100_000) + HEAD + server.sound)]
+    for sound in (flac_bomb(900, 16_000 * 59), server.sound):
+        body = HEAD + sound + TAIL
+        leaving.append(server.raw(request(len(body)) + body))
+    wait_until(lambda: server.busy() > 0)
+    for connection in leaving:
+        connection.close()
+    wait_until(lambda: not server.unpacking())
+    server.assert_well()
