@@ -1,4 +1,4 @@
-"""Decodes many utterances: the short ones first, bounded texts, each result as soon as it is there."""
+"""Decodes many utterances: the long ones first, bounded texts, each result as soon as it is there."""
 
 from __future__ import annotations
 
@@ -93,8 +93,11 @@ class Utterances:
     at_once: int = PREPARED
 
     def __post_init__(self) -> None:
-        """Put the short ones first: what is at work together then ends together."""
-        self._waiting = sorted(self.durations_s, key=lambda key: (self.durations_s[key], key), reverse=True)
+        """Put the long ones first: rows are filled again as they end, and short ones keep all of them busy to the end.
+
+        Where the memory does not hold so many, that is seen at once.
+        """
+        self._waiting = sorted(self.durations_s, key=lambda key: (self.durations_s[key], key))
         self._ready: list[Job] = []
         self.kana: dict[str, Kana] = {}
         """Of utterances that are at work."""
@@ -146,7 +149,7 @@ class Decoder:
     spent: Spent = field(default_factory=Spent)
 
     def texts(self, durations_s: Mapping[str, float], fetch: Fetch) -> Iterator[Decoded]:
-        """Yield each utterance as it ends; about the shortest first."""
+        """Yield each utterance as it ends; about the longest first."""
         self.model.eval()
         several = min(len(durations_s), self.config.batch_size) > 1
         on_cpu = self.model.lm.model.device.type == "cpu"

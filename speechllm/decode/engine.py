@@ -142,7 +142,7 @@ class Engine:
         slots, work = self._begin(), list[_Work]()
         while True:
             try:
-                work += self._admit(feed, self.utterances - len(work))
+                self._admit(feed, work)
                 if not work:
                     return
                 log_probs_xv = self._read(slots, work)
@@ -162,17 +162,15 @@ class Engine:
         slots.share(self.shared_ld)
         return slots
 
-    def _admit(self, feed: Feed, room: int) -> list[_Work]:
-        """Return new utterances, `room` of them at most."""
-        admitted: list[_Work] = []
-        while len(admitted) < room:
+    def _admit(self, feed: Feed, work: list[_Work]) -> None:
+        """Fill up `work`; what is in it when the memory runs out meanwhile is not lost."""
+        while len(work) < self.utterances:
             job = self._again.popleft() if self._again else feed.take()
             if job is None:
-                break
+                return
             search = Search(job.max_tokens, self.config, self.end, job.bias, job.guarded)
             drafts = self.config.beam == 1 and job.bias is None and not job.guarded
-            admitted.append(_Work(job, search, job.draft if drafts else ()))
-        return admitted
+            work.append(_Work(job, search, job.draft if drafts else ()))
 
     def _halve(self, work: Sequence[_Work]) -> None:
         """Begin the utterances at work again, half as many at a time."""

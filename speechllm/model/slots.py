@@ -140,6 +140,7 @@ class Slots:
         if self.graphs is not None:
             self.graphs.forget()
         old = self.capacity
+        rows = 1 << max(0, rows - 1).bit_length()  # not a row at a time
         self.capacity = (max(rows, old[0]), max(-(-positions // GROWS_BY) * GROWS_BY, old[1]))
         for store in (self._keys, self._values):
             for block, kept in store.items():
@@ -194,9 +195,12 @@ class Group:
         rows = np.repeat(np.arange(len(self)), self.counts)
         return self._once("cell", rows * self.widest + self._within(), device)
 
-    def seen(self, window: int | None, heads: int, device: torch.device) -> Tensor | None:
-        """Return which positions [r 1 x l] each token of the grid looks at, once for each of `heads`; None for all."""
-        key = (window, heads)
+    def seen(self, window: int | None, heads: int, like: Tensor) -> Tensor | None:
+        """Return what is added to scores [r 1 x l]: 0 where a token of the grid looks, else -inf; None for 0 alone.
+
+        There is a line for each of `heads` and token; made once for all blocks.
+        """
+        key, device = (window, heads), like.device
         if key not in self._seen:
             last_rm = self.begins[:, None] + np.minimum(np.arange(self.widest), self.counts[:, None] - 1)
             reach = self.longest if window is None else window
@@ -206,7 +210,8 @@ class Group:
             last_rm1 = on(last_rm, device)[..., None]
             place_l = torch.arange(self.longest, device=device)
             seen_rml = (place_l <= last_rm1) & (place_l > last_rm1 - reach)
-            self._seen[key] = seen_rml.repeat(1, heads, 1)[:, None]
+            mask_rml = torch.zeros(seen_rml.shape, dtype=like.dtype, device=device).masked_fill(~seen_rml, -torch.inf)
+            self._seen[key] = mask_rml.repeat(1, heads, 1)[:, None]
         return self._seen[key]
 
     def _once(self, name: str, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -260,7 +265,7 @@ def _attend_group(
     if group.widest > 1:
         query_nhc = query_nhc[group.token_of_rm(device)]
     query_rkxc = query_nhc.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    seen_r1xl = group.seen(window, shape[3], device)
+    seen_r1xl = group.seen(window, shape[3], query_hnc)
     made_rkxc = nn.functional.scaled_dot_product_attention(query_rkxc, keys_rklc, values_rklc, seen_r1xl, scale=scale)
     made_rmkgc = made_rkxc.reshape(shape[0], shape[2], shape[3], shape[1], width).permute(0, 3, 1, 2, 4)
     made_xhc = made_rmkgc.reshape(-1, heads, width)

@@ -100,6 +100,26 @@ def test_where_the_memory_is_full_half_as_many_go_on_and_no_text_changes(
     assert max(fitted[2:]) == 1  # 7, 3, 1
 
 
+def test_no_utterance_is_lost_where_the_memory_is_full_while_others_are_prepared(model: SpeechLlm) -> None:
+    class Feed(_Listed):
+        taken = 0
+        shrunk = 0
+
+        def take(self) -> Job | None:
+            self.taken += 1
+            if self.taken in {3, 9}:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().take()
+
+        def shrink(self) -> None:
+            self.shrunk += 1
+
+    feed, made = Feed(deque(jobs(model))), engine(model, batch_size=7)
+    found = {one.key: one for one in made.run(feed)}
+    assert tokens(found) == tokens(run(engine(model), jobs(model)))
+    assert feed.shrunk == made.spent.halved == 2
+
+
 def test_a_memory_that_holds_no_utterance_ends_in_one_line(model: SpeechLlm, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(model, batch_size=7)
     slots = made._begin()
