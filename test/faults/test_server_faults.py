@@ -37,7 +37,7 @@ LAUNCH = """
 import functools, sys
 from speechllm import cli
 from speechllm.serve import limits
-limits.Limits = functools.partial(limits.Limits, upload_s=2, headers_s=2, decode_s=4)
+limits.Limits = functools.partial(limits.Limits, upload_s=1, headers_s=1, decode_s=3)
 sys.exit(cli.run(sys.argv[1:]))
 """
 
@@ -183,7 +183,7 @@ def test_49_a_decoder_that_hangs_is_killed_and_the_server_answers_meanwhile(serv
         assert held, answer.result().text
         assert server.post(server.sound).status_code == 200
         assert code_of(answer.result()) == (422, "broken_file")
-    assert "took longer than 4 s to decode" in answer.result().text
+    assert "took longer than 3 s to decode" in answer.result().text
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in held))
     server.assert_well()
 
