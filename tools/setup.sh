@@ -18,10 +18,10 @@ HELP
 
 fail() { echo "error: $1: $2; $3" >&2; exit 2; }
 
-extras=mini
+extras=mini,serve
 for option in "$@"; do
   case $option in
-    --dev) extras=mini,dev ;;
+    --dev) extras=mini,serve,dev ;;
     --help) usage; exit 0 ;;
     *) fail tools/setup.sh "unknown option $option" "see --help" ;;
   esac

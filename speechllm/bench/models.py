@@ -87,7 +87,7 @@ def size_named(name: str) -> Size:
         ConfigError: there is none of this name.
     """
     if name not in SIZES:
-        raise ConfigError("bench", f"train has no size {name}", f"choose {', '.join(SIZES)}")
+        raise ConfigError("bench", f"there is no size {name}", f"choose {', '.join(SIZES)}")
     return SIZES[name]
 
 

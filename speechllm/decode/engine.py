@@ -20,6 +20,7 @@ from speechllm.decode.search import Candidate, Search
 from speechllm.errors import ModelError
 from speechllm.model.slots import Slots
 from speechllm.model.splice import on
+from speechllm.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOKS_EVERY = 8  # tokens: a loop need not be seen at once
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Engine:
                 if not work:
                     return
                 log_probs_xv = self._read(slots, work)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 feed.shrink()
@@ -306,8 +306,3 @@ def _changed(log_probs_xv: Tensor, changes: dict[tuple[int, int], float]) -> Ten
     lines, tokens = (on(side, log_probs_xv.device) for side in zip(*changes, strict=True))
     added = torch.tensor(list(changes.values()), device=log_probs_xv.device)
     return log_probs_xv.clone().index_put((lines, tokens), added, accumulate=True)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not get memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error).lower() for part in OUT_OF_MEMORY)

@@ -81,6 +81,7 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
         Stopped: SIGTERM came, which a manager of services sends.
     """
     check_packages()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without one
     signal.signal(signal.SIGTERM, _stop)  # uvicorn ends what is at work, and then raises it again
     with listen(host, port) as sock:
         from speechllm.recognizer import SpeechLLM

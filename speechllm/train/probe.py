@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from speechllm.errors import ConfigError
+from speechllm.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from speechllm.train.tasks import SpeechTask
 
 log = logging.getLogger(__name__)
-
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-"""What torch says on the CPU, where it has no exception of its own for this."""
 
 
 def check_memory(task: SpeechTask, world: World) -> None:
@@ -71,8 +69,3 @@ def _fits(task: SpeechTask, batch: Sequence[str]) -> bool:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no more memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in NO_MEMORY)

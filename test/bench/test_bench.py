@@ -155,9 +155,9 @@ def test_a_wrong_loss_or_gradient_ends_the_benchmark(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["decode"], "error: bench: there is no benchmark decode; choose train or dump\n"),
-        (["score"], "error: bench: there is no benchmark score; choose train or dump\n"),
-        (["train", "--size", "13b"], "error: bench: train has no size 13b; choose tiny, small, 7b\n"),
+        (["score"], "error: bench: there is no benchmark score; choose one of train, decode, dump\n"),
+        (["decode", "--size", "13b"], "error: bench: there is no size 13b; choose tiny, small, 7b\n"),
+        (["train", "--size", "13b"], "error: bench: there is no size 13b; choose tiny, small, 7b\n"),
         (["dump", "--size", "7b"], "error: bench: dump has no size 7b; choose tiny, small, large\n"),
         (["dump", "--tokens", "4096"], "error: bench: dump has no --tokens; leave it out\n"),
         (["train", "--tokens", "4k"], "error: bench: --tokens 4k is no list of numbers; write it as 4096,8192\n"),

@@ -11,8 +11,9 @@ import torch
 from speechllm.data.dataset import FeatureSet
 from speechllm.errors import ConfigError
 from speechllm.model.assemble import assemble, origin_of
+from speechllm.runtime import is_out_of_memory
 from speechllm.train.distributed import ALONE, World
-from speechllm.train.probe import check_memory, is_out_of_memory
+from speechllm.train.probe import check_memory
 from speechllm.train.run import _prepared
 from speechllm.train.tasks import Features, SpeechTask
 
