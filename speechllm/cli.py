@@ -9,7 +9,9 @@ from typing import Annotated, cast
 
 import typer
 
-from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, ConfigError, Stopped, UserError
+from speechllm import cli_model
+from speechllm.cli_model import ExpOption, OutOption, SetOption
+from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, ConfigError, Faults, Stopped, UserError
 from speechllm.runtime import setup_logging, write_json
 
 app = typer.Typer(
@@ -26,8 +28,6 @@ MAX_PARTS = 1000
 TYPER_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt before we can see it
 
 ConfOption = Annotated[Path, typer.Option("--conf", help="Configuration file (YAML).")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-ExpOption = Annotated[Path, typer.Option("--exp", help="Experiment folder.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Kaldi data directory, or a dump of one.")]
 PipesOption = Annotated[
     bool,
@@ -38,7 +38,6 @@ ProfileOption = Annotated[str, typer.Option(help="Text profile: default, espnet,
 PartOption = Annotated[
     str | None, typer.Option("--part", metavar="I/N", help="Only the I-th of N parts; a later call puts them together.")
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a field: key.key=value (repeatable).")]
 
 
 @app.callback()
@@ -64,11 +63,7 @@ def validate(
         print(fault)
     print(f"{data_dir}: {report.as_text()}")
     if report.faults:
-        raise _Faults(report.faults[0])
-
-
-class _Faults(Exception):  # noqa: N818 - carries a message that is already whole
-    """The first of the faults that `validate` found."""
+        raise Faults(report.faults[:1])
 
 
 @app.command()
@@ -111,18 +106,7 @@ def train(
     print(f"{exp}/model")
 
 
-@app.command()
-def heads(
-    exp: ExpOption,
-    train: Annotated[Path, typer.Option("--train", help="Dump to train on.")],
-    valid: Annotated[Path, typer.Option("--valid", help="Dump to validate on.")],
-    changes: SetOption = None,
-) -> None:
-    """Add CTC heads to a trained model: times of words, doubt, drafts (docs/heads.md)."""
-    from speechllm.train.heads import train_heads
-
-    train_heads(exp, train, valid, tuple(changes or ()))
-    print(f"{exp}/model/heads.json")
+app.command()(cli_model.heads)
 
 
 @app.command()
@@ -213,30 +197,7 @@ def compare(
         print(report_files(ref, hyp, out, options))
 
 
-@app.command()
-def pack(
-    exp: ExpOption,
-    out: OutOption,
-    *,
-    form: Annotated[str, typer.Option(help="adapter (small) or merged (with the whole language model).")] = "adapter",
-    dtype: Annotated[str, typer.Option(help="Precision of what is stored: float32, float16 or bfloat16.")] = "float32",
-    scores: Annotated[list[Path] | None, typer.Option("--scores", help="score.json for the card (repeatable).")] = None,
-    name: Annotated[str | None, typer.Option(help="Title of the card; default: the experiment's name.")] = None,
-    licence: Annotated[str | None, typer.Option("--licence", "--license", help="Its licence, as hubs call it.")] = None,
-    notes: Annotated[Path | None, typer.Option(help="Markdown for the card: the data and their licence.")] = None,
-    export: Annotated[str | None, typer.Option(help="vllm: merged, with what vLLM's prompt embeddings need.")] = None,
-    push_to: Annotated[str | None, typer.Option("--push-to", help="OWNER/NAME on the model hub.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only you can see it there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
-) -> None:
-    """Write a trained model as one folder that others load, and send it to a hub (stage 6)."""
-    from speechllm.pack import folder, upload
-
-    folder.pack(exp, out, folder.PackOptions(form, dtype, tuple(scores or ()), name, licence, notes, export))
-    print(out)
-    if push_to is not None:
-        ready = upload.prepare(out, push_to)
-        print(ready.as_text() if dry_run else upload.send(ready, private=private))
+app.command()(cli_model.pack)
 
 
 @app.command()
@@ -291,33 +252,7 @@ def plan(
     print(plans.as_text(plans.plan(config, hours, gpus, gpu), config, hours, gpus, gpu), end="")
 
 
-@app.command()
-def transcribe(
-    files: Annotated[
-        list[Path], typer.Argument(help="Recordings, folders of them, Kaldi directories, or - for the standard input.")
-    ],
-    *,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Trained folder; default $SPEECHLLM_MODEL or the shipped one.")
-    ] = None,
-    form: Annotated[str, typer.Option("--format", help="txt, json, srt or vtt.")] = "txt",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for one file a recording; else printed.")] = None,
-    hotwords: Annotated[Path | None, typer.Option(help="Words to expect, one a line: surface<TAB>reading.")] = None,
-    beam: Annotated[int | None, typer.Option(min=1, max=64, help="Hypotheses kept; 1 is greedy.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-) -> None:
-    """Write what is said in recordings of any length and format (docs/transcribe.md)."""
-    from speechllm import transcribe as work
-
-    output = work.Output(form, out)
-    with work.found(files) as recordings:
-        output.check(len(recordings))
-        options = work.read_options(hotwords, beam)
-        faults = work.transcribe(work.load(model, device), recordings, output, options)
-    for fault in faults:
-        _fail(str(fault), EXIT_USER)
-    if faults:
-        raise typer.Exit(EXIT_USER)
+app.command()(cli_model.transcribe)
 
 
 @app.command()
@@ -373,27 +308,7 @@ def slurm(
     print(order.out)
 
 
-@app.command()
-def serve(
-    *,
-    model: Annotated[Path | None, typer.Option("--model", help="Trained or packed model folder.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    language: Annotated[str, typer.Option(help="Language that the model writes, as requests name it.")] = "ja",
-    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="Largest upload.")] = 100_000_000,
-    max_seconds: Annotated[float, typer.Option(min=1, max=14_400, help="Longest recording.")] = 3600.0,
-    max_queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests taken at a time.")] = 160,
-    timeout: Annotated[float, typer.Option(min=1, max=86_400, help="Seconds from upload to answer.")] = 900.0,
-    rate: Annotated[int, typer.Option(min=0, max=10**6, help="Requests a minute and address; 0: any.")] = 240,
-) -> None:
-    """Answer OpenAI's transcription requests, and show a page to record and correct (docs/serve.md)."""
-    from speechllm.serve import server
-    from speechllm.serve.limits import Limits
-
-    limits = Limits(
-        max_bytes=max_bytes, max_seconds=max_seconds, max_queue=max_queue, timeout_s=timeout, rate_per_min=rate
-    )
-    server.serve(model, host, port, limits, language)
+app.command()(cli_model.serve)
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -417,8 +332,9 @@ def run(arguments: list[str]) -> int:
     """Return the exit status of a command line; every fault is one line on stderr."""
     try:
         status = app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
-    except (UserError, _Faults) as error:
-        return _fail(str(error), EXIT_USER)
+    except (UserError, Faults) as error:
+        faults = error.found if isinstance(error, Faults) else (error,)
+        return max(_fail(str(fault), EXIT_USER) for fault in faults)
     except UsageError as error:
         command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
         what = error.format_message() if isinstance(error, typer.BadParameter) else str(error)  # str lacks the option
@@ -426,16 +342,20 @@ def run(arguments: list[str]) -> int:
     except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
         return _stop(str(stopped))
     except OSError as error:
-        theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
-        theirs = theirs or error.errno == errno.EROFS
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        where, what = error.filename or "system", error.strerror or str(error)
-        fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
-        return _fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)
+        return _fail_of_system(error)
     if status == TYPER_INTERRUPTED:
         return _stop("")
     started = status if isinstance(status, int) else 0  # of processes that a command started
     return started if arguments else EXIT_USER
+
+
+def _fail_of_system(error: OSError) -> int:
+    theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    theirs = theirs or error.errno == errno.EROFS
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    where, what = error.filename or "system", error.strerror or str(error)
+    fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
+    return _fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)
 
 
 def _stop(why: str) -> int:

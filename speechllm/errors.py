@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 EXIT_OURS = 1
@@ -52,6 +52,15 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model folder is missing, incomplete, or not the one that was asked for."""
+
+
+class Faults(Exception):  # noqa: N818 - carries faults, and is none itself
+    """Faults that a command found while it went on with the rest: each is shown as one line, exit status 2."""
+
+    def __init__(self, found: Sequence[object]) -> None:
+        """Keep what was found; at least one."""
+        self.found = tuple(found)
+        super().__init__(f"{len(self.found)} faults")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it

@@ -218,6 +218,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def portable(record: Mapping[str, object]) -> dict[str, object]:
+    """Return a provenance without the command line, which holds paths of one machine."""
+    return {key: value for key, value in record.items() if key != "argv"}
+
+
 def provenance(extra: Mapping[str, object] | None = None) -> dict[str, object]:
     """Return what is needed to know where a result came from: versions, machine, arguments."""
     versions = {}

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.runtime import device_name, provenance
+from speechllm.runtime import device_name, portable, provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,10 +181,9 @@ def machine(device: torch.device) -> dict[str, object]:
     """Return what the figures were taken on, when, and from which commit."""
     import torch
 
-    record = {key: value for key, value in provenance().items() if key != "argv"}
     models = {line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")}
     return {
-        **record,
+        **portable(provenance()),
         "cpu": ", ".join(sorted(models)) or "unknown",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from speechllm.decode import align
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
     from speechllm.decode.batched import Kana
     from speechllm.decode.hotwords import Hotwords
@@ -30,5 +32,11 @@ def aids_of(model: SpeechLlm, heads: Heads | None, hotwords: Hotwords | None) ->
         return [] if heads is None else draft(heads, frames_beh, frames_b)
 
     has_drafts = heads is not None and heads.tokens is not None
-    bias = None if hotwords is None else Bias(hotwords, model.lm.tokenizer).if_heard
+    bias = None if hotwords is None else _bias(hotwords, model.lm.tokenizer).if_heard
     return Aids(hear=hear, bias=bias, draft=drafts if has_drafts else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _bias(hotwords: Hotwords, tokenizer: PreTrainedTokenizerFast) -> Bias:
+    """Return the bias of a list; a recording comes in many pieces, and a server's clients use the same lists."""
+    return Bias(hotwords, tokenizer)

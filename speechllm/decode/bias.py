@@ -174,6 +174,7 @@ class Bias:
         self.trie = Trie([[char.encode() for char in surface] for surface in surfaces], whole)
         self._by_bytes = sorted((text, token) for token, text in enumerate(self.bytes_of) if text)
         self._openings = self._find_openings()
+        self.continuations = functools.lru_cache(maxsize=1 << 14)(self._continuations)
 
     def for_utterance(self, kana: Floats | None) -> UtteranceBias:
         """Return the bias of an utterance: what each word is worth there.
@@ -228,8 +229,7 @@ class Bias:
         """Return the tokens that begin a word, or hold it."""
         return self._openings.get(word, ())
 
-    @functools.lru_cache(maxsize=1 << 14)  # noqa: B019 - one object a run
-    def continuations(self, word: int, count: int) -> tuple[int, ...]:
+    def _continuations(self, word: int, count: int) -> tuple[int, ...]:
         """Return the tokens that go on with a word of which `count` bytes stand there, or complete it and go on."""
         rest = self.trie.surfaces[word][count:]
         found = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from speechllm.model.heads import best_path
+from speechllm.model.ctc import best_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from speechllm.config import load as configs
 from speechllm.errors import ModelError
-from speechllm.model import hub, lm, packed
+from speechllm.model import hub, lm, packed, vocabulary
 from speechllm.model.encoder import load_encoder
 from speechllm.model.projector import build_projector
 from speechllm.model.speechllm import SpeechLlm, kana_embeddings
@@ -20,6 +20,8 @@ from speechllm.text.prompt import Form
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
     from speechllm.config.schema import Config
     from speechllm.model.encoder import SpeechEncoder
@@ -89,6 +91,12 @@ def find_lm(config: Config, origin: Origin) -> hub.Resolved:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
         raise ModelError(found.folder, what, "use the language model that it was trained with")
     return found
+
+
+def tokenizer_of(found: hub.Resolved, origin: Origin) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a trained model, whose language model `find_lm` has found, without its weights."""
+    tokenizer: Any = lm.load_tokenizer(found.folder)
+    return tokenizer if origin.kept_ids is None else vocabulary.cut_tokenizer(tokenizer, origin.kept_ids)
 
 
 def find_encoder(config: Config, origin: Origin) -> hub.Resolved:

@@ -76,9 +76,14 @@ def targets_of(reading: str) -> list[int]:
 
 def best_kana(logits_qk: Tensor) -> str:
     """Return the kana of the best path, runs merged and blanks left out."""
-    best = logits_qk.argmax(dim=-1).tolist()
-    runs = [symbol for position, symbol in enumerate(best) if position == 0 or symbol != best[position - 1]]
-    return "".join(KANA[symbol - 1] for symbol in runs if symbol != BLANK)
+    return "".join(KANA[symbol - 1] for symbol in best_path(logits_qk))
+
+
+def best_path(scores_qk: Tensor) -> list[int]:
+    """Return the symbols of the best path, runs merged and blanks left out."""
+    best = scores_qk.argmax(dim=-1).tolist()
+    runs = [symbol for place, symbol in enumerate(best) if place == 0 or symbol != best[place - 1]]
+    return [symbol for symbol in runs if symbol != BLANK]
 
 
 def ctc_loss(logits_bqk: Tensor, tokens_b: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:

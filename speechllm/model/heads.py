@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from speechllm.config.schema import CtcProjector, HeadsConfig
 from speechllm.errors import ModelError
 from speechllm.folders import differences
 from speechllm.model.assemble import read_model
-from speechllm.model.ctc import BLANK, KANA, CtcHead
+from speechllm.model.ctc import KANA, CtcHead
 from speechllm.model.state import check_keys, load_tensors, save_tensors
 from speechllm.runtime import atomic_path, read_json, write_json
 
@@ -62,13 +61,6 @@ def new_heads(settings: HeadsConfig, width_h: int, token_ids: Sequence[int], *, 
         CtcHead(form, width_h, len(token_ids)) if token_ids else None,
         tuple(token_ids),
     )
-
-
-def best_path(scores_qk: Tensor) -> list[int]:
-    """Return the symbols of the best path, runs merged and blanks left out."""
-    best = scores_qk.argmax(dim=-1).tolist()
-    runs = [symbol for place, symbol in enumerate(best) if place == 0 or symbol != best[place - 1]]
-    return [symbol for symbol in runs if symbol != BLANK]
 
 
 def frames_record(config: Config, origin: Origin) -> dict[str, object]:

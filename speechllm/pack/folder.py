@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from speechllm.errors import ConfigError, DataError, ModelError
-from speechllm.model import hub, lm, vocabulary
+from speechllm.model import hub
 from speechllm.model.assemble import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -26,6 +26,7 @@ from speechllm.model.assemble import (
     find_encoder,
     find_lm,
     read_model,
+    tokenizer_of,
 )
 from speechllm.model.heads import HEADS_FILE, HEADS_RECORD
 from speechllm.model.packed import FORMS, LM_FOLDER, MERGED, SUMS_FILE, check_sums, read_sums
@@ -34,6 +35,7 @@ from speechllm.pack import card, merged, remote_files, scores, vllm
 from speechllm.runtime import (
     DTYPE_NAMES,
     naming,
+    portable,
     provenance,
     read_json,
     sha256,
@@ -214,11 +216,8 @@ def _fill(folder: Path, source: _Source, options: PackOptions, record: Mapping[s
     save_tensors(folder / TRAINED_FILE, _cast(source.folder / TRAINED_FILE, state, options.dtype))
     write_json(folder / MODEL_FILE, content)
     _take_heads_along(source.folder, folder, options.dtype)
-    tokenizer: Any = lm.load_tokenizer(bases["language model"].folder)
-    if source.origin.kept_ids is not None:
-        tokenizer = vocabulary.cut_tokenizer(tokenizer, source.origin.kept_ids)
-    remote_files.write(folder, tokenizer, source.config)
-    write_json(folder / PROVENANCE_FILE, {**source.training, "packed": provenance()})
+    remote_files.write(folder, tokenizer_of(language, source.origin), source.config)
+    write_json(folder / PROVENANCE_FILE, {**portable(source.training), "packed": portable(provenance())})
     facts = card.Facts(
         name=str(record["name"]),
         form=options.form,

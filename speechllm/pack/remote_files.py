@@ -7,6 +7,8 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from speechllm.data.audio import SAMPLE_RATE_HZ
+from speechllm.decode.batched import max_tokens
+from speechllm.recognizer import LONGEST_S
 from speechllm.runtime import write_json
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 TASK = "automatic-speech-recognition"
 MODEL_CLASS = "SpeechLLMForConditionalGeneration"
 CODE_FILES = ("configuration_speechllm.py", "modeling_speechllm.py", "pipeline_speechllm.py")
-LONGEST_S = 30.0
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -55,7 +56,7 @@ def _configuration(vocab_size: int) -> dict[str, object]:
 
 def _generation(config: Config) -> dict[str, object]:
     """Return what the pipeline would otherwise fill with settings of its own, such as five beams."""
-    most = config.decode.extra_tokens + int(config.decode.tokens_per_s * LONGEST_S + 0.5)
+    most = max_tokens(config.decode, LONGEST_S)
     return {"num_beams": config.decode.beam, "max_new_tokens": most + 1, "do_sample": False}
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import ConfigError, DataError
-from speechllm.runtime import read_json, sha256, write_json, write_text
+from speechllm.runtime import portable, read_json, sha256, write_json, write_text
 from speechllm.score import interchange, report
 from speechllm.score.breakdown import breakdown, forgiven
 from speechllm.score.compare import COMPARED_METRICS, compare_systems, comparison_text
@@ -85,8 +85,7 @@ def score_files(ref: Path, hyp: Path, out: Path, options: ScoreOptions) -> dict[
 def _made_from(ref: Path, hyp: Path) -> dict[str, object]:
     """What was scored, by its sums, and how the hypotheses came about, where the folder they lie in says so."""
     notes = hyp.parent / "provenance.json"
-    run = read_json(notes) if notes.is_file() else {}
-    run.pop("argv", None)  # paths of one machine
+    run = portable(read_json(notes)) if notes.is_file() else {}
     return {"ref_sha256": sha256(ref), "hyp_sha256": sha256(hyp), "run": run}
 
 

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,27 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.decode.hotwords import Hotwords
+    from speechllm.decode.longform import Recognizer
     from speechllm.decode.result import Recognized
 
 LOG = logging.getLogger(__name__)
-
-
-class Recognizer(Protocol):
-    """What turns sounds of bounded length into texts; `speechllm.recognizer.SpeechLLM` is one."""
-
-    longest_s: float
-    joined_s: float
-
-    def recognize(
-        self,
-        waves_s: Sequence[NDArray[np.float32]],
-        *,
-        hotwords: Hotwords | None = None,
-        beam: int | None = None,
-        words: bool = True,
-    ) -> list[Recognized]:
-        """Return the text of each wave [s] at 16 kHz."""
-        ...
 
 
 class Dropped(Exception):  # noqa: N818 - nobody's fault: the client left, or the time was over

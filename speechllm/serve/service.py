@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.decode.hotwords import Hotwords
-    from speechllm.serve.queue import Recognizer
+    from speechllm.decode.longform import Recognizer
     from speechllm.serve.uploads import Form
 
     Walk = Callable[[Ticket, Path, Hotwords | None], Iterator[Segment]]

@@ -12,36 +12,30 @@ import torch
 
 from speechllm.config import load as configs
 from speechllm.config.schema import AugmentConfig
-from speechllm.data.batch import budget_batches
 from speechllm.errors import ConfigError, ModelError, Stopped
 from speechllm.folders import begin, finish, is_made, only_writer
-from speechllm.model import hub, vocabulary
-from speechllm.model.assemble import CONFIG_FILE, TRAINED_FILE, read_model
-from speechllm.model.ctc import KANA, ctc_loss, targets_of
-from speechllm.model.heads import HEADS_RECORD, best_path, frames_record, new_heads, save_heads
-from speechllm.model.lm import load_tokenizer
+from speechllm.model.assemble import CONFIG_FILE, TRAINED_FILE, find_lm, read_model, tokenizer_of
+from speechllm.model.ctc import KANA, best_path, targets_of
+from speechllm.model.heads import HEADS_RECORD, frames_record, new_heads, save_heads
 from speechllm.runtime import derive_seed, pick_device, sha256
 from speechllm.score.errors import count_edits, sum_counts
 from speechllm.text import prompt as prompts
 from speechllm.text.reading import katakana_reading
-from speechllm.train.optim import Group
 from speechllm.train.sets import open_sets
-from speechllm.train.task import Outcome, Sample, Validation
-from speechllm.train.tasks import Features
+from speechllm.train.task import Sample, Validation
+from speechllm.train.tasks import AnyHeadTask, Features
 from speechllm.train.trainer import Loop, LoopOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from speechllm.config.schema import Config, HeadsConfig
     from speechllm.model.assemble import Origin
     from speechllm.model.ctc import CtcHead
     from speechllm.train.sets import Opened
-    from speechllm.train.tasks import Ready
 
 log = logging.getLogger(__name__)
 
@@ -49,72 +43,25 @@ FOLDER = "heads"
 """Below the experiment: the states of the heads' training."""
 RECORD = "made.json"
 DECAY, CLIP, WARMUP = 0.01, 5.0, 0.1
-VALID_BATCH = 32
 
 
-class HeadTask:
+class HeadTask(AnyHeadTask):
     """Trains one head to read the symbols of the transcripts."""
 
     def __init__(self, name: str, head: CtcHead, features: Features, spell: Spelling, settings: HeadsConfig) -> None:
         """Spell every transcript once."""
-        self.name, self.head, self.features, self.settings = f"{name}_head", head, features, settings
-        self.spelling = spell
-        self.seed = features.config.seed
-        self.targets = {
-            example.utt_id: spell.symbols(example.text)
-            for side in (features.train, features.valid)
-            for example in side.examples.values()
-        }
+        self.name, self.spelling = f"{name}_head", spell
+        symbols = {key: spell.symbols(text) for key, text in features.texts().items()}
+        super().__init__(features, head, settings, symbols)
 
-    def groups(self) -> list[Group]:
-        """Return the head's parameters."""
-        return [Group(dict(self.head.named_parameters()), self.settings.peak_lr)]
-
-    def batches(self, epoch: int) -> list[list[str]]:
-        """Return batches within the budget of frames."""
-        sizes = {key: example.num_frames for key, example in self.features.train.examples.items()}
-        return budget_batches(sizes, self.settings.batch_frames, self.seed, epoch)
-
-    def prepare(self, utt_ids: Sequence[str], epoch: int) -> Ready:
-        """Return a batch of frames."""
-        return self.features.prepare(utt_ids, epoch)
-
-    def loss(self, ready: Ready) -> Outcome:
-        """Return the summed CTC loss and the number of symbols."""
-        self.head.train()
-        frames_beh, frames_b = self.features.training(ready)
-        logits_bqk, _, tokens_b = self.head(frames_beh, frames_b)
-        targets = [self.targets[utt_id] for utt_id in ready.utt_ids]
-        positions = frames_beh.shape[0] * frames_beh.shape[1]
-        seconds = self.features.seconds(ready.utt_ids)
-        nll = ctc_loss(logits_bqk, tokens_b, targets)
-        return Outcome(nll, sum(map(len, targets)), seconds, positions, positions - sum(frames_b))
-
-    @torch.no_grad()
     def validate(self) -> Validation:
         """Return loss a symbol and the error rate of the best path over the whole validation set."""
-        self.head.eval()
-        total = 0.0
-        heard: dict[str, list[int]] = {}
-        for utt_ids in self.features.validation_batches(VALID_BATCH):
-            logits_bqk, _, tokens_b = self.head(*self.features.validation(utt_ids))
-            total += float(ctc_loss(logits_bqk, tokens_b, [self.targets[utt_id] for utt_id in utt_ids]))
-            paths = [best_path(row[:count]) for row, count in zip(logits_bqk, tokens_b, strict=True)]
-            heard |= dict(zip(utt_ids, paths, strict=True))
+        loss, heard = self.listen(best_path)
         counts = sum_counts(count_edits(self.targets[key], path) for key, path in heard.items())
         error = counts.edits / max(1, counts.ref)
         spell = self.spelling.text
         samples = [Sample(key, spell(self.targets[key]), spell(path)) for key, path in heard.items()]
-        return Validation({"loss": total / max(1, counts.ref), "error": error, "score": error}, samples)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the head's tensors."""
-        return dict(self.head.state_dict())
-
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the head."""
-        self.head.load_state_dict(dict(tensors))
+        return Validation({"loss": loss, "error": error, "score": error}, samples)
 
 
 class Spelling:
@@ -154,7 +101,7 @@ def train_heads(exp: Path, train_dir: Path, valid_dir: Path, changes: tuple[str,
     _check_changes(changes)
     with only_writer(exp):
         opened = _open(config, origin, train_dir, valid_dir)
-        tokenizer = tokenizer_of(config, origin)
+        tokenizer = tokenizer_of(find_lm(config, origin), origin)
         record = {
             "model": sha256(folder / TRAINED_FILE),
             "settings": settings.model_dump(mode="json"),
@@ -194,20 +141,6 @@ def _open(config: Config, origin: Origin, train_dir: Path, valid_dir: Path) -> O
         what = f"was dumped with encoder {opened.encoder_fingerprint}, the model has {origin.encoder_fingerprint}"
         raise ModelError(train_dir, what, "run stage 2 with the model's encoder")
     return opened
-
-
-def tokenizer_of(config: Config, origin: Origin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a trained model, without its language model.
-
-    Raises:
-        ModelError: the language model is not the one that it was trained with.
-    """
-    found = hub.resolve(config.lm.name, config.lm.revision)
-    if found.fingerprint != origin.lm_fingerprint:
-        what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
-        raise ModelError(found.folder, what, "use the language model that it was trained with")
-    tokenizer = load_tokenizer(found.folder)
-    return tokenizer if origin.kept_ids is None else vocabulary.cut_tokenizer(tokenizer, origin.kept_ids)
 
 
 def _train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from speechllm.config.schema import Config, CtcProjector
+    from speechllm.config.schema import Config, CtcProjector, HeadsConfig
+    from speechllm.model.ctc import CtcHead
     from speechllm.model.encoder import SpeechEncoder
     from speechllm.model.speechllm import SpeechLlm
     from speechllm.train.sets import AnySet
 
     Measure = Callable[[Mapping[str, str], Mapping[str, str]], float]
     """Error rate of id -> hypothesis (second) against id -> reference (first), as a fraction."""
+
+Heard = TypeVar("Heard")
+"""What a head heard: kana, or symbols."""
+VALID_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -114,70 +119,61 @@ class Features:
         ids = sorted(self.valid.examples, key=lambda utt_id: (self.valid.examples[utt_id].num_frames, utt_id))
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
+    def texts(self) -> dict[str, str]:
+        """Return the transcript of every utterance of both sets."""
+        return {one.utt_id: one.text for side in (self.train, self.valid) for one in side.examples.values()}
+
     def seconds(self, utt_ids: Sequence[str]) -> float:
         """Return how long the sounds of training utterances are together."""
         return sum(self.train.examples[utt_id].duration_s for utt_id in utt_ids)
 
 
-class CtcTask:
-    """Trains the head of a `CtcBridge` to read kana; the readings come from the transcripts."""
+class AnyHeadTask:
+    """Trains a CTC head to read the symbols of the transcripts; what it is measured by is its kind's own."""
 
-    name = "ctc"
-
-    def __init__(self, features: Features, projector: CtcBridge, config: CtcProjector, measure: Measure) -> None:
-        """Read every transcript once; `measure` compares kana."""
-        self.measure = measure
+    def __init__(
+        self, features: Features, head: CtcHead, settings: CtcProjector | HeadsConfig, symbols: Mapping[str, list[int]]
+    ) -> None:
+        """Keep what the head is to hear: the `symbols` of every utterance of both sets."""
         self.seed = features.config.seed
-        self.features, self.head, self.config = features, projector.head, config
-        self.readings = {
-            example.utt_id: katakana_reading(example.text)
-            for side in (features.train, features.valid)
-            for example in side.examples.values()
-        }
+        self.features, self.head, self.settings, self.targets = features, head, settings, symbols
 
     def groups(self) -> list[Group]:
         """Return the head's parameters."""
-        return [Group(dict(self.head.named_parameters()), self.config.peak_lr)]
+        return [Group(dict(self.head.named_parameters()), self.settings.peak_lr)]
 
     def batches(self, epoch: int) -> list[list[str]]:
         """Return batches within the budget of frames."""
         sizes = {key: example.num_frames for key, example in self.features.train.examples.items()}
-        return budget_batches(sizes, self.config.batch_frames, self.seed, epoch)
+        return budget_batches(sizes, self.settings.batch_frames, self.seed, epoch)
 
     def prepare(self, utt_ids: Sequence[str], epoch: int) -> Ready:
         """Return a batch of frames."""
         return self.features.prepare(utt_ids, epoch)
 
     def loss(self, ready: Ready) -> Outcome:
-        """Return the summed CTC loss and the number of kana."""
+        """Return the summed CTC loss and the number of symbols."""
         self.head.train()
         frames_beh, frames_b = self.features.training(ready)
-        loss, kana, _ = self._loss(frames_beh, frames_b, ready.utt_ids, with_texts=False)
-        positions = frames_beh.shape[0] * frames_beh.shape[1]
-        return Outcome(loss, kana, self.features.seconds(ready.utt_ids), positions, positions - sum(frames_b))
-
-    def _loss(
-        self, frames_beh: Tensor, frames_b: list[int], utt_ids: Sequence[str], *, with_texts: bool
-    ) -> tuple[Tensor, int, list[str]]:
         logits_bqk, _, tokens_b = self.head(frames_beh, frames_b)
-        targets = [targets_of(self.readings[utt_id]) for utt_id in utt_ids]
-        rows = zip(logits_bqk, tokens_b, strict=True) if with_texts else ()
-        heard = [best_kana(row[:count]) for row, count in rows]
-        return ctc_loss(logits_bqk, tokens_b, targets), sum(map(len, targets)), heard
+        targets = [self.targets[utt_id] for utt_id in ready.utt_ids]
+        positions = frames_beh.shape[0] * frames_beh.shape[1]
+        seconds = self.features.seconds(ready.utt_ids)
+        nll = ctc_loss(logits_bqk, tokens_b, targets)
+        return Outcome(nll, sum(map(len, targets)), seconds, positions, positions - sum(frames_b))
 
     @torch.no_grad()
-    def validate(self) -> Validation:
-        """Return loss a kana and the kana error rate of the whole validation set."""
+    def listen(self, read: Callable[[Tensor], Heard]) -> tuple[float, dict[str, Heard]]:
+        """Return the loss a symbol of the validation set, and what `read` makes of the logits [q k] of each."""
         self.head.eval()
-        total, count = 0.0, 0
-        heard: dict[str, str] = {}
-        for utt_ids in self.features.validation_batches(32):
-            loss, tokens, texts = self._loss(*self.features.validation(utt_ids), utt_ids, with_texts=True)
-            total, count = total + float(loss), count + tokens
-            heard |= dict(zip(utt_ids, texts, strict=True))
-        kana_error = self.measure({key: self.readings[key] for key in heard}, heard)
-        samples = [Sample(key, self.readings[key], text) for key, text in heard.items()]
-        return Validation({"loss": total / max(1, count), "kana_error": kana_error, "score": kana_error}, samples)
+        total = 0.0
+        heard: dict[str, Heard] = {}
+        for utt_ids in self.features.validation_batches(VALID_BATCH):
+            logits_bqk, _, tokens_b = self.head(*self.features.validation(utt_ids))
+            total += float(ctc_loss(logits_bqk, tokens_b, [self.targets[utt_id] for utt_id in utt_ids]))
+            rows = zip(utt_ids, logits_bqk, tokens_b, strict=True)
+            heard |= {utt_id: read(row_qk[:count]) for utt_id, row_qk, count in rows}
+        return total / max(1, sum(len(self.targets[utt_id]) for utt_id in heard)), heard
 
     def state(self) -> dict[str, Tensor]:
         """Return the head's tensors."""
@@ -187,6 +183,26 @@ class CtcTask:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill the head."""
         self.head.load_state_dict(dict(tensors))
+
+
+class CtcTask(AnyHeadTask):
+    """Trains the head of a `CtcBridge` to read kana; the readings come from the transcripts."""
+
+    name = "ctc"
+
+    def __init__(self, features: Features, projector: CtcBridge, config: CtcProjector, measure: Measure) -> None:
+        """Read every transcript once; `measure` compares kana."""
+        self.measure = measure
+        self.readings = {key: katakana_reading(text) for key, text in features.texts().items()}
+        symbols = {key: targets_of(reading) for key, reading in self.readings.items()}
+        super().__init__(features, projector.head, config, symbols)
+
+    def validate(self) -> Validation:
+        """Return loss a kana and the kana error rate of the whole validation set."""
+        loss, heard = self.listen(best_kana)
+        kana_error = self.measure({key: self.readings[key] for key in heard}, heard)
+        samples = [Sample(key, self.readings[key], text) for key, text in heard.items()]
+        return Validation({"loss": loss, "kana_error": kana_error, "score": kana_error}, samples)
 
 
 def uses_autocast(config: Config) -> bool:

@@ -9,7 +9,8 @@ import torch
 
 from speechllm.config.schema import HeadsConfig
 from speechllm.decode.draft import checks, draft, resume
-from speechllm.model.heads import Heads, best_path, new_heads
+from speechllm.model.ctc import best_path
+from speechllm.model.heads import Heads, new_heads
 
 WIDTH_H = 4
 

@@ -66,9 +66,9 @@ def test_a_recipe_that_goes_on_behind_a_torn_line_is_found_out(tmp_path: Path) -
 
 
 def test_a_recipe_that_fails_by_itself_ends_the_run(tmp_path: Path) -> None:
-    done = kill("--tree", tree_with(tmp_path / "tree", "exit 3"), "--work", tmp_path / "work")
+    done = kill("--tree", tree_with(tmp_path / "tree", "exit 3"), "--work", tmp_path / "runs")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"the command ended with 3, see {tmp_path}/work/undisturbed/log"
+    assert done.stderr.splitlines()[-1] == f"the command ended with 3, see {tmp_path}/runs/undisturbed/log"
 
 
 @pytest.mark.recipe

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from speechllm.decode.hotwords import Hotwords
-    from speechllm.serve.queue import Recognizer, Ticket
+    from speechllm.decode.longform import Recognizer
+    from speechllm.serve.queue import Ticket
     from speechllm.serve.service import Walk
 
 RATE_HZ = audio.SAMPLE_RATE_HZ

@@ -216,7 +216,8 @@ def test_a_file_can_be_dropped_on_the_page(page: Page) -> None:
         "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));",
         numbers,
     )
-    page.wait(lambda: [text.text for text in page.all(".text")] == ["9番。"])
+    page.wait(lambda: page.all(".text"))
+    assert [text.text for text in page.all(".text")] == ["9番。"]
 
 
 def test_every_control_has_a_name_and_the_keyboard_reaches_all(page: Page, sound: Path) -> None:
