@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import signal
 import tracemalloc
-from array import array
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ often = settings(
 )
 LIMIT_S, LIMIT_S_PER_BYTE = 5.0, 1e-4  # of processor time
 MOST_BYTES, MOST_BYTES_PER_BYTE = 16 << 20, 200  # at a time
-GROWTH_EVERY, AT_A_TIME = 200, 8
+GROWTH_EVERY, ROUNDS, AT_A_TIME = 200, 300, 8
 ODD = (
     *(
         "",
@@ -76,13 +74,16 @@ def _is_one_line(fault: UserError) -> bool:
 
 
 def _growth(read: Callable[[], Any]) -> int:
-    """Return the bytes that calls keep again and again; Python's own free lists are full after some."""
-    taken = array("q", [0] * 17)  # takes no memory of its own while it is filled
-    for number in range(len(taken)):
-        taken[number] = _taken()
+    """Return the bytes that some calls keep, 0 once some keep none: Python's free lists are full after a while."""
+    before = _taken()
+    for _ in range(ROUNDS):
         for _ in range(AT_A_TIME):
             _outcome(read)
-    return min(after - before for before, after in itertools.pairwise(taken))
+        now = _taken()
+        grown, before = now - before, now
+        if grown <= 0:
+            return 0
+    return grown
 
 
 def _taken() -> int:
@@ -121,7 +122,7 @@ class Watch:
             tracemalloc.stop()
             gc.enable()
         assert peak < MOST_BYTES + MOST_BYTES_PER_BYTE * size, f"took {peak} bytes for {size}"
-        assert grown <= 0, f"{grown} bytes are left after {AT_A_TIME} calls"
+        assert grown == 0, f"{grown} bytes are left after {AT_A_TIME} calls"
         self.calls[name] += 1
         return found
 

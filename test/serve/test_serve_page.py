@@ -216,7 +216,7 @@ def test_a_file_can_be_dropped_on_the_page(page: Page) -> None:
         "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));",
         numbers,
     )
-    page.wait(lambda: page.all(".text"))
+    page.wait(lambda: any(text.text for text in page.all(".text")))
     assert [text.text for text in page.all(".text")] == ["9番。"]
 
 
