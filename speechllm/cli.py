@@ -351,7 +351,7 @@ def run(arguments: list[str]) -> int:
 
 def _fail_of_system(error: OSError) -> int:
     theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    theirs = theirs or error.errno == errno.EROFS
+    theirs = theirs or error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
     full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     where, what = error.filename or "system", error.strerror or str(error)
     fix = "make room and run again: what was there before still stands" if full else "mend it and run again"

@@ -142,6 +142,10 @@ def test_a_fault_stays_one_line_whatever_the_path_holds(capsys: pytest.CaptureFi
     )
 
 
+def test_a_name_that_is_too_long_to_be_one_is_the_users_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _fault(capsys, "tag", "--conf", "x" * 300) == f"{'x' * 300}: File name too long; mend it and run again"
+
+
 def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path) -> None:
     conf = tmp_path / "c.yaml"
     conf.write_text("encoder: {name: e}\nlm: {name: l}\ntrain:\n  batch_token: 100\n", encoding="utf-8")

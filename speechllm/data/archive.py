@@ -261,7 +261,11 @@ def _crc(packed: NDArray[Any]) -> str:
 
 
 def _require(ark: Path) -> None:
-    if not ark.is_file():
+    try:
+        found = ark.is_file()
+    except OSError:  # its folder may not be looked into, or its name is too long to be one
+        found = False
+    if not found:
         raise DataError(ark, "no such archive", DUMP_AGAIN)
 
 

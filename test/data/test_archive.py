@@ -140,6 +140,13 @@ def test_a_value_without_an_offset_is_refused(tmp_path: Path, value: str) -> Non
         archive.Store(folder)
 
 
+def test_a_name_that_is_too_long_to_be_one_is_no_archive(tmp_path: Path) -> None:
+    folder = _store(tmp_path, {"u1": MATRICES["u1"]})
+    (folder / "feats.scp").write_text(f"u1 {'9' * 300}.ark:3\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"9\.ark: no such archive"):
+        archive.Store(folder)
+
+
 def test_a_header_that_claims_two_to_the_31_rows_allocates_nothing(tmp_path: Path) -> None:
     value = _numpy_value(MATRICES["u1"], f"({2**31}, 3)")
     assert _value(tmp_path, value, 2**31) == "feats.ark:3: u1 runs past the end of the file; run stage 2 again"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from speechllm.config import load as configs
 
 TIME_LIMIT_S = 300
-LENGTHS = {f"u{number}": 6_000 + 1_700 * number for number in range(7)}  # an odd number: one gets less than the other
+BATCHES = 3  # an epoch: steps of two batches and of one
+LENGTHS = {f"u{number}": 6_000 + 1_700 * number for number in range(7)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("ranks")
     settings = {
         "epochs": 4,
-        "batch_tokens": 120,
+        "batch_tokens": 40,
         "accumulate": 2,
         "packing": True,
         "peak_lr": 1e-2,
@@ -71,6 +72,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def alone(setting: Setting) -> Setting:
     done = setting.train("one")
     assert done.returncode == 0, done.stderr
+    assert f"batches={BATCHES}" in done.stderr
     return setting
 
 
