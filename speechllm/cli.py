@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import io
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, cast
@@ -11,7 +12,7 @@ import typer
 
 from speechllm import cli_model
 from speechllm.cli_model import ExpOption, OutOption, SetOption
-from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, ConfigError, Faults, Stopped, UserError
+from speechllm.errors import EXIT_OURS, EXIT_USER, TOLD, ConfigError, Faults, fail, told
 from speechllm.runtime import setup_logging, write_json
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 # typer keeps its base class of wrong arguments private, and its public BadParameter is one of them
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 MAX_PARTS = 1000
+PART = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 TYPER_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt before we can see it
 
 ConfOption = Annotated[Path, typer.Option("--conf", help="Configuration file (YAML).")]
@@ -269,7 +271,7 @@ def trace(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="train or dump.")],
+    name: Annotated[str, typer.Argument(help="train, decode or dump.")],
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Less data and one round: under a minute.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
@@ -283,7 +285,7 @@ def bench(
     try:
         found = benches.run(name, common.Options(quick, size, benches.budgets(tokens)))
     except common.Unequal as unequal:
-        raise typer.Exit(_fail(f"bench: {unequal}", EXIT_OURS)) from unequal
+        raise typer.Exit(fail(f"bench: {unequal}", EXIT_OURS)) from unequal
     if json_file is not None:
         write_json(json_file, found.record())
     print(found.as_text(), end="")
@@ -315,16 +317,18 @@ def _part(text: str | None) -> tuple[int, int] | None:
     """Return number and count of ``I/N``; None where no part was asked for."""
     if text is None:
         return None
-    number, slash, count = text.partition("/")
-    if not (slash and number.isascii() and count.isascii() and number.isdecimal() and count.isdecimal()):
+    if (match := PART.fullmatch(text)) is None:
         raise ConfigError("--part", f"'{text}' is not I/N", "write it as 1/4")
-    if not 1 <= int(number) <= int(count) <= MAX_PARTS:
+    number, count = int(match[1]), int(match[2])
+    if not 1 <= number <= count <= MAX_PARTS:
         raise ConfigError("--part", f"there is no part {text}", f"take I from 1 to N, and N at most {MAX_PARTS}")
-    return int(number), int(count)
+    return number, count
 
 
 def main() -> None:
     """Run the command line and exit with the status that other programs rely on."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     sys.exit(run(sys.argv[1:]))
 
 
@@ -332,37 +336,15 @@ def run(arguments: list[str]) -> int:
     """Return the exit status of a command line; every fault is one line on stderr."""
     try:
         status = app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
-    except (UserError, Faults) as error:
-        faults = error.found if isinstance(error, Faults) else (error,)
-        return max(_fail(str(fault), EXIT_USER) for fault in faults)
     except UsageError as error:
         command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
         what = error.format_message() if isinstance(error, typer.BadParameter) else str(error)  # str lacks the option
-        return _fail(f"{f'speechllm {command}'.strip()}: {what.rstrip('.')}; see --help", EXIT_USER)
-    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
-        return _stop(str(stopped))
-    except OSError as error:
-        return _fail_of_system(error)
+        return fail(f"{f'speechllm {command}'.strip()}: {what.rstrip('.')}; see --help", EXIT_USER)
+    except typer.Abort:
+        return told(KeyboardInterrupt())
+    except TOLD as error:
+        return told(error)
     if status == TYPER_INTERRUPTED:
-        return _stop("")
+        return told(KeyboardInterrupt())
     started = status if isinstance(status, int) else 0  # of processes that a command started
     return started if arguments else EXIT_USER
-
-
-def _fail_of_system(error: OSError) -> int:
-    theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    theirs = theirs or error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    where, what = error.filename or "system", error.strerror or str(error)
-    fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
-    return _fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)
-
-
-def _stop(why: str) -> int:
-    print(f"stopped: {why or 'by the keyboard'}", file=sys.stderr)
-    return EXIT_STOPPED
-
-
-def _fail(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return status

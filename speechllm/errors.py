@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,6 @@ if TYPE_CHECKING:
 EXIT_OURS = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
-
-
-def exit_status(work: Callable[[], None]) -> int:
-    """Return the exit status of a script whose whole work is `work`; the user's fault is one line on stderr."""
-    try:
-        work()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER
-    return 0
 
 
 class UserError(Exception):
@@ -65,3 +56,43 @@ class Faults(Exception):  # noqa: N818 - carries faults, and is none itself
 
 class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
     """The run was asked to stop and has saved its state; running it again goes on."""
+
+
+TOLD = (UserError, Faults, Stopped, KeyboardInterrupt, OSError)
+"""What ends a command with a line; all else is a fault of ours, with a traceback."""
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Return the exit status of a script whose whole work is `work`; what ends it is told on stderr."""
+    try:
+        work()
+    except TOLD as error:
+        return told(error)
+    return 0
+
+
+def told(error: BaseException) -> int:
+    """Tell on stderr what ended a command, one of `TOLD`, and return its exit status."""
+    if isinstance(error, Faults):
+        return max(fail(str(fault), EXIT_USER) for fault in error.found)
+    if isinstance(error, OSError):
+        return _fail_of_system(error)
+    if isinstance(error, UserError):
+        return fail(str(error), EXIT_USER)
+    sys.stderr.write(f"stopped: {str(error) or 'by the keyboard'}\n")
+    return EXIT_STOPPED
+
+
+def fail(message: str, status: int) -> int:
+    """Tell a fault in one line on stderr, and return `status`."""
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    return status
+
+
+def _fail_of_system(error: OSError) -> int:
+    theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    theirs = theirs or error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    where, what = error.filename or "system", error.strerror or str(error)
+    fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
+    return fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)

@@ -26,7 +26,7 @@ often = settings(
 )
 LIMIT_S, LIMIT_S_PER_BYTE = 5.0, 1e-4  # of processor time
 MOST_BYTES, MOST_BYTES_PER_BYTE = 16 << 20, 200  # at a time
-GROWTH_EVERY, ROUNDS, AT_A_TIME = 200, 300, 8
+GROWTH_EVERY, ROUNDS, AT_A_TIME = 50, 300, 8
 ODD = (
     *(
         "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -144,6 +146,23 @@ def test_a_fault_stays_one_line_whatever_the_path_holds(capsys: pytest.CaptureFi
 
 def test_a_name_that_is_too_long_to_be_one_is_the_users_fault(capsys: pytest.CaptureFixture[str]) -> None:
     assert _fault(capsys, "tag", "--conf", "x" * 300) == f"{'x' * 300}: File name too long; mend it and run again"
+
+
+def test_a_part_of_many_digits_is_none(capsys: pytest.CaptureFixture[str], data: Path) -> None:
+    part = f"1/{'9' * 5000}"  # more than Python makes a number of
+    said = _fault(capsys, "dump", "--conf", data, "--data", data, "--out", data / "out", "--part", part)
+    assert said == f"--part: '{part}' is not I/N; write it as 1/4"
+
+
+def test_a_path_that_is_not_utf_8_is_shown(data: Path) -> None:
+    folder = os.fsdecode(os.fsencode(data.parent) + b"/\xff")
+    shutil.copytree(data, folder)
+    command = [sys.executable, "-m", "speechllm", "validate", folder]
+    done = subprocess.run(
+        command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff: 2 utterances" in done.stdout, done.stdout
 
 
 def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path) -> None:

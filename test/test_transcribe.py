@@ -135,7 +135,7 @@ def test_one_bad_file_is_named_at_the_end_and_the_others_are_kept(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "b.txt"]
     assert capsys.readouterr().err == (
         f"error: {folder}/aa.mp3: is not audio that libsndfile reads, and there is no ffmpeg; "
-        "convert it to WAV, or install ffmpeg or speechllm[media]\n"
+        "convert it to WAV, or install ffmpeg or the extra media\n"
         f"error: {folder}/gone.wav: no such audio file; mend its path\n"
     )
 

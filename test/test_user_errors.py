@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from typing import NoReturn
 
 import pytest
 
-from speechllm.errors import ConfigError, DataError, ModelError, UserError
+from speechllm.errors import ConfigError, DataError, Faults, ModelError, Stopped, UserError, exit_status
 from speechllm.runtime import worker_pool
 
 
@@ -22,6 +23,38 @@ def test_a_fault_survives_the_way_between_processes(kind: type[UserError]) -> No
 
 def test_line_breaks_inside_a_fault_become_blanks() -> None:
     assert str(DataError("a", "b\nc", "d\r\n e")) == "a: b c; d e"
+
+
+ENDS = [
+    (DataError("a", "b", "c"), 2, "error: a: b; c"),
+    (Faults([DataError("a", "b", "c"), "d: e; f"]), 2, "error: a: b; c\nerror: d: e; f"),
+    (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: Permission denied; mend it and run again"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "error: x: File name too long; mend it and run again"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        2,
+        "error: x: No space left on device; make room and run again: what was there before still stands",
+    ),
+    (OSError(errno.EIO, "Input/output error", "x"), 1, "error: x: Input/output error; mend it and run again"),
+    (Stopped("at step 3"), 75, "stopped: at step 3"),
+    (KeyboardInterrupt(), 75, "stopped: by the keyboard"),
+]
+
+
+@pytest.mark.parametrize(("end", "status", "line"), ENDS, ids=lambda value: type(value).__name__)
+def test_a_script_ends_as_the_command_line_does(
+    capsys: pytest.CaptureFixture[str], end: BaseException, status: int, line: str
+) -> None:
+    def work() -> None:
+        raise end
+
+    assert exit_status(work) == status
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_script_that_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: None) == 0
+    assert capsys.readouterr().err == ""
 
 
 def fail(where: str) -> NoReturn:

@@ -19,6 +19,7 @@ Shapes: e encoder frames, h encoder width.
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import re
 import threading
@@ -33,7 +34,7 @@ from speechllm.errors import DataError
 from speechllm.runtime import naming
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -53,6 +54,7 @@ NUMBER = re.compile(r"\d{1,15}", re.ASCII)
 CRC = re.compile(r"[0-9a-f]{8}")
 VALUE = re.compile(r"(?P<ark>[^|:]+\.ark):(?P<offset>\d{1,15})")
 SCALE = np.dtype("<f4")
+MAX_CHANNELS = 1 << 16
 LARGEST = 127
 TOO_LARGE = 3e38  # 127 scales must be a float32
 HALF_INFINITY = 0x7C00  # the bits of float16's; those of NaN are larger
@@ -168,6 +170,17 @@ class Store:
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
 
+    @functools.cached_property
+    def width_h(self) -> int:
+        """Return the number of channels of the first matrix, which all must have.
+
+        Raises:
+            DataError: it is no matrix of ours.
+        """
+        ark, offset = next(iter(self.places.values()))
+        with _noted(ark):
+            return _Matrix(self._mapped(ark), offset, f"{ark}:{offset}").width
+
     def _table(self, name: str, pattern: re.Pattern[str], what: str) -> dict[str, str]:
         """Return a table of the utterances of ``feats.scp``, each value of which is `what`."""
         table = read_table(self.folder / name)
@@ -186,20 +199,20 @@ class Store:
                 not finite. The archive is then noted as one that stage 2 makes again.
         """
         ark, offset = self.places[key]
+        width_h = self.width_h  # not below: a fault of the first archive is none of this one
         mapped = self._mapped(ark)
-        try:
-            return self._read(key, mapped, offset, f"{ark}:{offset}")
-        except DataError:
-            with contextlib.suppress(OSError):  # the folder may be another user's
-                suspect(ark).touch()
-            raise
+        with _noted(ark):
+            where = f"{ark}:{offset}"
+            return self._values(key, _Matrix(mapped, offset, where), width_h, where)
 
-    def _read(self, key: str, mapped: mmap.mmap, offset: int, where: str) -> NDArray[np.float32]:
-        matrix = _Matrix(mapped, offset, where)
+    def _values(self, key: str, matrix: _Matrix, width_h: int, where: str) -> NDArray[np.float32]:
         if matrix.rows != self.frames[key]:
             what = f"{key} has {matrix.rows} frames, utt2num_frames says {self.frames[key]}"
             raise DataError(where, what, DUMP_AGAIN)
         packed = matrix.values(key)
+        if matrix.width != width_h:
+            what = f"{key} has {matrix.width} channels, {next(iter(self.places))} has {width_h}"
+            raise DataError(where, what, DUMP_AGAIN)
         wanted = self.crcs.get(key)
         if wanted is None and matrix.type == np.int8:  # so that float16 whose header was changed is not taken for it
             raise DataError(where, f"{key} is stored as int8 without a checksum in utt2crc", DUMP_AGAIN)
@@ -229,6 +242,17 @@ def suspect(ark: Path) -> Path:
     return ark.with_suffix(".suspect")
 
 
+@contextlib.contextmanager
+def _noted(ark: Path) -> Iterator[None]:
+    """Note a fault that is found in an archive."""
+    try:
+        yield
+    except DataError:
+        with contextlib.suppress(OSError):  # the folder may be another user's
+            suspect(ark).touch()
+        raise
+
+
 class _Matrix:
     """A stored matrix, as its header says."""
 
@@ -243,6 +267,13 @@ class _Matrix:
         self.begin = offset + match.end()
         self.type = np.dtype(match["type"].decode())
         self.rows, self.columns = int(match["rows"]), int(match["columns"])
+        if not 1 <= self.columns <= MAX_CHANNELS:
+            raise DataError(where, f"has {self.columns} channels", DUMP_AGAIN)
+
+    @property
+    def width(self) -> int:
+        """Return the number of channels; a row of int8 holds its scale, too."""
+        return self.columns - (SCALE.itemsize if self.type == np.int8 else 0)
 
     def values(self, key: str) -> NDArray[Any]:
         """Return the values, still on disk; `key` is for messages."""

@@ -34,7 +34,7 @@ ROLLOFF = 0.99  # where it cuts off, its default
 STALL_S = 60.0  # the longest that ffmpeg may take for one block
 MAX_REASON_BYTES = 500
 FIX = "convert it to WAV, or leave it out"
-FIX_MISSING = "convert it to WAV, or install ffmpeg or speechllm[media]"
+FIX_MISSING = "convert it to WAV, or install ffmpeg or the extra media"
 # sound and film containers; no playlists, which could make ffmpeg read other files
 FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,wav,wv"
 

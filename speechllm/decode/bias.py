@@ -169,10 +169,9 @@ class Bias:
         self._word_of_reading = [number[word.surface] for word in hotwords.words]
         self._lengths = [len(word.reading) for word in hotwords.words]
         self._listener = Listener([word.reading for word in hotwords.words])
-        self.bytes_of = token_bytes(tokenizer)
-        whole = set(self.bytes_of)
-        self.trie = Trie([[char.encode() for char in surface] for surface in surfaces], whole)
-        self._by_bytes = sorted((text, token) for token, text in enumerate(self.bytes_of) if text)
+        vocabulary = _vocabulary(tokenizer)
+        self.bytes_of, self._by_bytes = vocabulary.bytes_of, vocabulary.by_bytes
+        self.trie = Trie([[char.encode() for char in surface] for surface in surfaces], vocabulary.whole)
         self._openings = self._find_openings()
         self.continuations = functools.lru_cache(maxsize=1 << 14)(self._continuations)
 
@@ -336,6 +335,23 @@ class UtteranceBias:
             if word in self.places:
                 tokens.update(self._bias.continuations(word, count))
         return tokens
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What the tokens of a tokenizer write."""
+
+    bytes_of: list[bytes]
+    by_bytes: list[tuple[bytes, int]]
+    """Sorted, without tokens that write nothing."""
+    whole: set[bytes]
+
+
+@functools.lru_cache(maxsize=2)
+def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> _Vocabulary:
+    """Return it, which takes longer than all else of a list, and is the same for all lists."""
+    bytes_of = token_bytes(tokenizer)
+    return _Vocabulary(bytes_of, sorted((text, token) for token, text in enumerate(bytes_of) if text), set(bytes_of))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:

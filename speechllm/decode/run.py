@@ -310,6 +310,9 @@ def _from_store(folder: Path, config: Config, origin: Origin) -> Source:
         raise ConfigError(folder, what, "decode the data directory itself")
     features = FeatureSet(folder)
     record = check_dump(folder, config.encoder, origin.encoder_fingerprint, any_store=True)
+    if features.store.width_h != origin.width_h:
+        what = f"holds features of {features.store.width_h} channels, the model reads {origin.width_h}"
+        raise ConfigError(folder, what, "run stage 2 again")
 
     def fetch_for(_: SpeechLlm) -> Fetch:
         device = pick_device(config.device)  # not before: parts are put together where there is no GPU, too

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from speechllm.data.audio import MAX_DURATION_S, SAMPLE_RATE_HZ
 from speechllm.errors import DataError, ModelError
-from speechllm.model.hub import UNREADABLE
+from speechllm.model.hub import UNREADABLE, reason_of
 from speechllm.runtime import read_json, torch_dtype
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ def pretrained(kind: Any, found: Resolved, part: str = "") -> Any:
     try:
         model, report = kind.from_pretrained(found.folder, dtype=torch.float32, output_loading_info=True)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(found.folder, f"cannot be read as a speech encoder ({reason})", "download it again") from error
+        raise ModelError(
+            found.folder, f"cannot be read as a speech encoder ({reason_of(error)})", "download it again"
+        ) from error
     missing = [key for key in report["missing_keys"] if key.startswith(part) and "masked_spec_embed" not in key]
     if missing:
         raise ModelError(found.folder, f"lacks the weight {min(missing)}", "download it again")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +26,20 @@ from speechllm.runtime import read_json
 log = logging.getLogger(__name__)
 
 EDGE_BYTES = 1 << 20  # of each weight file, hashed at both ends for the fingerprint
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError),
+    pickle.UnpicklingError,  # by torch, which makes nothing but tensors of a pickle
+)
 """What transformers raises of a folder that it cannot read: a missing file, a wrong type, weights of another size."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+MAX_REASON_CHARS = 200
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why a folder cannot be read."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words tell the user how to run what is in the pickle
+        return "its weights are a pickle of more than tensors"
+    return " ".join(str(error).split())[:MAX_REASON_CHARS]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def check_dump(
         ConfigError: it was made with another encoder, layer, padding or precision, or is stored otherwise.
     """
     record = dump_record(folder)
+    if not all(isinstance(record.get(key), str) for key in ("encoder_fingerprint", "data")):
+        raise ConfigError(folder / "dump.json", "does not say what was dumped", "run stage 2 again")
     wanted = identity(encoder, fingerprint or str(record["encoder_fingerprint"])) | {"encoder": encoder.name}
     if any_store:
         del wanted["stored"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from speechllm.errors import ConfigError, ModelError
 from speechllm.model import packing, vocabulary
-from speechllm.model.hub import UNREADABLE
+from speechllm.model.hub import UNREADABLE, reason_of
 from speechllm.runtime import torch_dtype
 
 if TYPE_CHECKING:
@@ -140,8 +140,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(folder, f"has no readable tokenizer ({reason})", "download the whole model") from error
+        raise ModelError(
+            folder, f"has no readable tokenizer ({reason_of(error)})", "download the whole model"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(folder, "its tokenizer has no end-of-sequence token", "use another model")
     return tokenizer
@@ -174,8 +175,9 @@ def load_lm(
             **settings,
         )
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(found.folder, f"is no causal language model ({reason})", "name another in lm.name") from error
+        raise ModelError(
+            found.folder, f"is no causal language model ({reason_of(error)})", "name another in lm.name"
+        ) from error
     if report["missing_keys"]:
         raise ModelError(found.folder, f"lacks the weight {min(report['missing_keys'])}", "download it again")
     tokenizer = load_tokenizer(found.folder)

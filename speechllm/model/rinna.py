@@ -156,8 +156,7 @@ def _tensors(shard: Path) -> dict[str, Tensor]:
             return loaded
         return load_tensors(shard)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(shard, f"is no readable weight file ({reason})", "download it again") from error
+        raise ModelError(shard, f"is no readable weight file ({hub.reason_of(error)})", "download it again") from error
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from speechllm.text.reading import katakana_reading
 from speechllm.train.sets import open_sets
 from speechllm.train.task import Sample, Validation
 from speechllm.train.tasks import AnyHeadTask, Features
-from speechllm.train.trainer import Loop, LoopOptions
+from speechllm.train.trainer import Loop, LoopOptions, stopped_by_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ def train_heads(exp: Path, train_dir: Path, valid_dir: Path, changes: tuple[str,
     config, origin = read_model(folder)
     settings = configs.load(folder / CONFIG_FILE, changes).heads
     _check_changes(changes)
-    with only_writer(exp):
+    with stopped_by_signals(), only_writer(exp):
         opened = _open(config, origin, train_dir, valid_dir)
         tokenizer = tokenizer_of(find_lm(config, origin), origin)
         record = {
@@ -139,6 +139,9 @@ def _open(config: Config, origin: Origin, train_dir: Path, valid_dir: Path) -> O
     opened = open_sets(config.model_copy(update={"train": train}), train_dir, valid_dir)
     if opened.encoder_fingerprint != origin.encoder_fingerprint:
         what = f"was dumped with encoder {opened.encoder_fingerprint}, the model has {origin.encoder_fingerprint}"
+        raise ModelError(train_dir, what, "run stage 2 with the model's encoder")
+    if opened.width_h != origin.width_h:
+        what = f"holds features of {opened.width_h} channels, the model reads {origin.width_h}"
         raise ModelError(train_dir, what, "run stage 2 with the model's encoder")
     return opened
 

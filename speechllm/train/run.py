@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +42,11 @@ from speechllm.train.probe import check_memory
 from speechllm.train.sets import open_sets
 from speechllm.train.sharded import blocks_of, shard_blocks
 from speechllm.train.tasks import CtcTask, Features, SpeechTask, uses_autocast
-from speechllm.train.trainer import Loop, LoopOptions, Progress
+from speechllm.train.trainer import Loop, LoopOptions, Progress, stopped_by_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-    from types import FrameType
 
     from torch import Tensor, nn
 
@@ -77,23 +75,8 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    with _stopped_by_signals():
+    with stopped_by_signals():
         _run(config, (train_dir, valid_dir), exp, (decode, measure))
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """End with `Stopped` on a signal where there is no step to save; the loops have handlers of their own."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped("not in a training step; run again to go on")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _run(config: Config, data: tuple[Path, Path], exp: Path, tools: tuple[Decode, Measure]) -> None:

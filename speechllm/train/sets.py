@@ -110,7 +110,10 @@ def _open_dumps(config: Config, train_dir: Path, valid_dir: Path) -> Opened:
     dumped = check_dump(train_dir, config.encoder)
     fingerprint = str(dumped["encoder_fingerprint"])
     valid_dumped = check_dump(valid_dir, config.encoder, fingerprint)
-    width_h = train.frames(next(iter(train.examples))).shape[1]
+    width_h = train.store.width_h
+    if valid.store.width_h != width_h:
+        what = f"holds features of {valid.store.width_h} channels, {train_dir} of {width_h}"
+        raise ConfigError(valid_dir, what, "run stage 2 again")
     identities = _identity(train, dumped["data"]), _identity(valid, valid_dumped["data"])
     return Opened(train, valid, *identities, fingerprint, width_h, None)
 

@@ -97,6 +97,21 @@ class Late:
         return found
 
 
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """End with `Stopped` on a signal where there is no step to save; the loops have handlers of their own."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped("not in a training step; run again to go on")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class _BrokenOff(Exception):  # noqa: N818 - it is no error
     """A signal came while the model was being validated."""
 

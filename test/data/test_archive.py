@@ -430,6 +430,22 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         )
 
 
+def test_a_matrix_of_another_width_is_named(tmp_path: Path) -> None:
+    matrices = {**MATRICES, "u2": np.ones((5, 1), np.float16)}
+    store = archive.Store(_store(tmp_path, matrices))
+    assert store.width_h == 3
+    assert store.read("u1").shape == (4, 3)
+    with pytest.raises(DataError, match=r"feats\.ark:\d+: u2 has 1 channels, u1 has 3; run stage 2 again"):
+        store.read("u2")
+
+
+@pytest.mark.parametrize("columns", [0, 999_999_999_999])
+def test_a_width_that_no_encoder_has_is_refused(tmp_path: Path, columns: int) -> None:
+    assert _value(tmp_path, _numpy_value(np.zeros((0, 3), np.float16), f"(0, {columns})"), 0) == (
+        f"feats.ark:3: has {columns} channels; run stage 2 again"
+    )
+
+
 def test_a_missing_archive_is_named_when_the_store_is_opened_and_when_it_is_read(tmp_path: Path) -> None:
     store = archive.Store(_store(tmp_path))
     (tmp_path / "feats.ark").unlink()

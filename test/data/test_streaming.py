@@ -76,7 +76,7 @@ def test_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "text.wav").write_text("no sound")
     assert fault(tmp_path / "text.wav") == (
         "text.wav: is not audio that libsndfile reads, and there is no ffmpeg; "
-        "convert it to WAV, or install ffmpeg or speechllm[media]"
+        "convert it to WAV, or install ffmpeg or the extra media"
     )
 
 

@@ -7,6 +7,7 @@ file, its n-th call of a function) and not by the clock, so that a slow machine 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -121,6 +122,7 @@ def child(arguments: list[str], log: Path, trap: Trap | None) -> None:
 
 
 Child = Callable[[list[str], Path, Trap | None], None]
+STARTED: list[ForkServerProcess] = []
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,16 @@ def start(arguments: list[str], log: Path, trap: Trap | None = None, work: Child
     log.unlink(missing_ok=True)
     process = context.Process(target=work, args=(arguments, log, trap))
     process.start()
+    STARTED.append(process)
     return Running(process, log)
+
+
+@atexit.register  # and so before multiprocessing waits for what is held
+def end_all() -> None:
+    """Kill what a test that failed has left."""
+    for process in STARTED:
+        if process.is_alive():
+            process.kill()
 
 
 @dataclass(frozen=True)

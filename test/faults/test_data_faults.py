@@ -6,6 +6,7 @@ test_train_faults.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -159,13 +160,23 @@ def test_05_a_header_out_of_all_bounds_is_refused(
     assert_sound_refused(conf, corpus, str(corpus.wav), f"{what}; {READ_AGAIN}")
 
 
-def test_06_channels_that_cancel_each_other_are_warned_of(corpus: Corpus) -> None:
+@pytest.mark.parametrize(("rate_hz", "channels"), [(4_000, 1), (192_000, 1), (16_000, 16)])
+def test_05_what_lies_at_the_bounds_is_taken(conf: Path, corpus: Corpus, rate_hz: int, channels: int) -> None:
+    wave = np.repeat(scenes.sound(1, rate_hz)[:, None], channels, axis=1)
+    soundfile.write(corpus.wav, wave, rate_hz, subtype="PCM_16")
+    out = corpus.data.parent / "out"
+    assert dump(conf, corpus.data, out).status == 0
+    assert list(scenes.read_table(out / "feats.scp")) == list(IDS)
+
+
+def test_06_channels_that_cancel_each_other_are_warned_of(conf: Path, corpus: Corpus) -> None:
     wave = scenes.sound(1)
     soundfile.write(corpus.wav, np.stack([wave, -wave], axis=1), 16_000, subtype="PCM_16")
     warned = f"channels cancel each other in {corpus.wav}: their mean is silent; keep one of them"
     ended = scenes.process("validate", corpus.data, "--audio")
     assert ended.status == 0, ended.output
     assert [line.partition("speechllm.data.audio ")[2] for line in ended.output.splitlines()[:-1]] == [warned]
+    assert dump(conf, corpus.data, corpus.data.parent / "out").status == 0
     soundfile.write(corpus.wav, np.stack([wave, 0.9 * wave], axis=1), 16_000, subtype="PCM_16")
     assert len(scenes.process("validate", corpus.data, "--audio").output.splitlines()) == 1
 
@@ -242,6 +253,7 @@ def test_07_a_chain_of_allowed_programs_gives_what_the_file_gives(conf: Path, co
 def test_07_a_command_that_does_not_end_is_killed_with_all_that_it_started(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Callable[[str], None]
 ) -> None:
+    assert pipes.LIMIT_S == 300
     monkeypatch.setattr(pipes, "LIMIT_S", 0.5)
     program(f"sleep 100 &\necho $! > {tmp_path}/pid\nwait")
     fault = pipe(corpus, "sox in.sph -t wav - |")
@@ -264,6 +276,7 @@ def is_alive(pid: int) -> bool:
 def test_07_a_command_that_writes_without_end_is_stopped(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, program: Callable[[str], None]
 ) -> None:
+    assert pipes.MAX_BYTES == 4 << 30
     monkeypatch.setattr(pipes, "MAX_BYTES", 1 << 20)
     program("sleep 0.3; exec cat /dev/zero")  # the bound is set once it runs
     fault = pipe(corpus, "sox in.sph -t wav - |")
@@ -323,6 +336,7 @@ def test_12_only_a_line_feed_ends_a_line_and_other_blanks_stay_in_the_text(
     assert re.search(r"^cer +0\.00 %", ended.output, re.MULTILINE), ended.output
     lines = (tmp_path / "out/alignment.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert len(lines) == len(texts)  # U+2028 and the like are no ends of lines
+    assert [json.loads(line)["ref"] for line in lines] == [f"朝{blank}です", "次の駅", ""]
     assert "\r" not in (tmp_path / "out/ref.trn").read_bytes().decode()
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from dataclasses import dataclass, replace
@@ -138,8 +139,14 @@ def test_10_a_header_that_claims_two_to_the_31_rows_allocates_nothing(
     if claimed == "utt2num_frames":
         scenes.write_table(store / "utt2num_frames", {**scenes.read_table(store / "utt2num_frames"), utt_id: claim})
         what = f"{utt_id} runs past the end of the file"
-    ended = decode_features(made, store, tmp_path)
+    tracemalloc.start()  # sees what numpy asks for
+    try:
+        ended = decode_features(made, store, tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert_refused(ended, re.escape(f"error: {where}: {what}; run stage 2 again"))
+    assert peak < 100 << 20
     assert not (tmp_path / "out/text").exists()
 
 
@@ -163,6 +170,13 @@ def unpickle(path: Path) -> None:
     pickle.loads(path.read_bytes())  # noqa: S301 - to see it go off
 
 
+SAFE = "model.safetensors"
+UNREADABLE = {
+    "lm": "is no causal language model {}; name another in lm.name",
+    "encoder": "cannot be read as a speech encoder {}; download it again",
+}
+
+
 def as_torch_loads(path: Path) -> None:
     torch.load(path, weights_only=False)
 
@@ -170,29 +184,48 @@ def as_torch_loads(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "open_it"), [(pickled, unpickle), (as_torch_saves, as_torch_loads)], ids=["pickle", "torch"]
 )
-@pytest.mark.parametrize("of", ["the trained parts", "the language model"])
-def test_38_a_pickle_where_safetensors_belong_is_never_opened(
+def test_38_a_pickle_where_our_safetensors_belong_is_never_opened(
+    made: Made, exp: Path, tmp_path: Path, write: Callable[[Path, Path], None], open_it: Callable[[Path], None]
+) -> None:
+    went_off = tmp_path / "went_off"
+    trained = exp / "model" / TRAINED
+    write(trained, went_off)
+    ended = made.decode(tmp_path / "out", exp)
+    line = rf"error: {re.escape(str(trained))}: is no readable safetensors file \(.+\); make the model again"
+    assert_refused(ended, line)
+    assert not (tmp_path / "out/text").exists()
+    assert not went_off.exists()
+    write(tmp_path / "live", went_off)
+    open_it(tmp_path / "live")  # the bomb is a live one
+    assert went_off.exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "open_it"), [(pickled, unpickle), (as_torch_saves, as_torch_loads)], ids=["pickle", "torch"]
+)
+@pytest.mark.parametrize("file", [SAFE, "pytorch_model.bin"])
+@pytest.mark.parametrize("of", ["lm", "encoder"])
+def test_38_a_pickle_in_the_place_of_a_base_models_weights_is_never_run(
     made: Made,
-    exp: Path,
     tmp_path: Path,
     write: Callable[[Path, Path], None],
     open_it: Callable[[Path], None],
     of: str,
+    file: str,
 ) -> None:
+    """A file of torch's is read as tensors alone where a model comes in no other form."""
     went_off = tmp_path / "went_off"
-    if of == "the trained parts":
-        write(exp / "model" / TRAINED, went_off)
-        ended = made.decode(tmp_path / "out", exp)
-        where = str(exp / "model" / TRAINED)
-        line = rf"error: {re.escape(where)}: is no readable safetensors file \(.+\); make the model again"
-    else:
-        weights = made.setting.folder / "lm/model.safetensors"
-        with faulty.changed(weights, weights.read_bytes()):
-            write(weights, went_off)
-            ended = made.setting.run(tmp_path / "exp2")
-        line = rf"error: {re.escape(str(weights.parent))}: .+"
-    assert_refused(ended, line)
-    assert not (tmp_path / "out/text").exists()
+    folder = made.setting.folder / of
+    weights = folder / SAFE
+    with faulty.changed(weights, weights.read_bytes()):
+        weights.unlink()
+        write(folder / file, went_off)
+        ended = made.setting.run(tmp_path / "exp")
+        (folder / file).unlink()
+    pickle_of_more, no_header = "its weights are a pickle of more than tensors", "Error while deserializing header: .+"
+    why = rf"\({no_header if file == SAFE else pickle_of_more}\)"
+    assert_refused(ended, rf"error: {re.escape(str(folder))}: {UNREADABLE[of].format(why)}")
+    assert not (tmp_path / "exp/model").exists()
     assert not went_off.exists()
     write(tmp_path / "live", went_off)
     open_it(tmp_path / "live")  # the bomb is a live one
@@ -310,8 +343,9 @@ def test_39_a_tar_file_that_reaches_out_of_its_folder_is_refused(tmp_path: Path,
     ended = scenes.script(LOCAL / "data.py", *arguments, cwd=tmp_path, REAZONSPEECH=str(source))
     line = rf"error: {re.escape(str(tar))}: holds {re.escape(repr(name))}, which is no sound of the corpus; take it out"
     assert_refused(ended, line)
-    assert not (tmp_path / "evil.flac").exists()
-    assert not list((tmp_path / "data").rglob("wav.scp"))
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert {name for name in made if not name.endswith((".lock", ".tsv"))} == {"reazonspeech/data/000.tar"}
+    assert not Path("/evil.flac").exists()
 
 
 # Configurations

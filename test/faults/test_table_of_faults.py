@@ -20,25 +20,30 @@ FILE_OF = {
 CASES = list(range(1, 51))
 
 
-def rows() -> list[tuple[int, set[str]]]:
-    """Return case and files of each row; a row that names no file is of its section's."""
+def rows() -> list[tuple[int, set[str], int]]:
+    """Return case, files and number of tests of each row; one that names no file is of its section's."""
     found = []
     text = TABLE.read_text(encoding="utf-8").partition("## What others do")[0]
     for row in ROW.finditer(text):
         sections = SECTION.findall(text[: row.start()])
-        found.append((int(row[1]), set(re.findall(r"test_\w+\.py", row[0])) or {FILE_OF[sections[-1]]}))
+        tests = row[0].split(" | ")[3]
+        counts = [int(count or 1) for count in re.findall(r"`test_\d\d_\*`(?: \((\d+)\))?", tests)]
+        files = set(re.findall(r"test_\w+\.py", tests)) or {FILE_OF[sections[-1]]}
+        found.append((int(row[1]), files, sum(counts)))
     return found
 
 
-@pytest.mark.parametrize(("case", "files"), rows())
-def test_a_case_has_its_tests_where_the_table_says(case: int, files: set[str]) -> None:
+@pytest.mark.parametrize(("case", "files", "count"), rows())
+def test_a_case_has_its_tests_where_the_table_says(case: int, files: set[str], count: int) -> None:
     name = re.compile(rf"^def test_{case:02d}_\w+\(", re.MULTILINE)
-    holding = {path.name for path in HERE.glob("test_*.py") if name.search(path.read_text(encoding="utf-8"))}
-    assert holding == files
+    tests = {path.name: len(name.findall(path.read_text(encoding="utf-8"))) for path in HERE.glob("test_*.py")}
+    holding = {name: number for name, number in tests.items() if number}
+    assert set(holding) == files
+    assert sum(holding.values()) == count
 
 
 def test_no_case_stands_there_twice_or_is_left_out() -> None:
-    assert [case for case, _ in rows()] == CASES
+    assert [case for case, _, _ in rows()] == CASES
     tested = {
         int(one)
         for path in HERE.glob("test_*.py")

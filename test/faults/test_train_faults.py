@@ -275,11 +275,7 @@ def test_34_a_batch_that_does_not_fit_is_told_before_the_first_step_and_with_it_
     wide = {**tiny.LM_SIZES, "num_key_value_heads": 1, "intermediate_size": 20_000}
     tiny._save_lm(LlamaForCausalLM, LlamaConfig, wide, setting.folder / "lm")
     exp = tmp_path / "exp"
-    running = setting.start(exp, trap=Trap(signal.SIGSTOP, call=r"speechllm/train/trainer\.py:__init__"))
-    running.wait_until_held()
-    limit_memory(running, 400 << 20)
-    running.strike(signal.SIGCONT)
-    ended = running.wait()
+    ended = with_little_memory(setting, exp)
     what = r"is 10000, and a batch of \d+ positions does not fit the memory"
     fix = r"set it to (\d+), which does, or train\.checkpointing to true, or take a larger card"
     assert_refused(ended, rf"error: train\.batch_tokens: {what}; {fix}")
@@ -287,8 +283,17 @@ def test_34_a_batch_that_does_not_fit_is_told_before_the_first_step_and_with_it_
     assert fitting
     assert 0 < int(fitting[1]) < 10_000
     assert not (exp / "metrics.jsonl").exists()
-    done = setting.run(exp, "--set", f"train.batch_tokens={fitting[1]}")  # nothing was trained that could differ
+    done = with_little_memory(setting, exp, "--set", f"train.batch_tokens={fitting[1]}")  # nothing was trained so far
     assert done.status == 0, done.output
+
+
+def with_little_memory(setting: Setting, exp: Path, *options: str) -> faulty.Ended:
+    """Return how a training ended that had 400 MiB for its steps, its model being loaded."""
+    running = setting.start(exp, *options, trap=Trap(signal.SIGSTOP, call=r"speechllm/train/trainer\.py:__init__"))
+    running.wait_until_held()
+    limit_memory(running, 400 << 20)
+    running.strike(signal.SIGCONT)
+    return running.wait()
 
 
 def limit_memory(running: Running, more: int) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from speechllm.cli import run
 from speechllm.config.schema import HeadsConfig
-from speechllm.data import kaldi
+from speechllm.data import archive, kaldi
+from speechllm.data.dataset import FeatureSet
 from speechllm.decode.align import kana_log_probs
 from speechllm.decode.draft import draft
 from speechllm.dump import dump
@@ -157,6 +161,15 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert (exp / "model" / HEADS_FILE).read_bytes() == (plain / "model" / HEADS_FILE).read_bytes()
 
 
+def test_a_signal_while_the_sets_are_opened_is_a_stop(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exp = bases.trained(tmp_path / "exp", {"kind": "linear"})
+    monkeypatch.setattr(training, "open_sets", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    assert run(bases.arguments(exp)) == 75
+    assert capsys.readouterr().err.endswith("stopped: not in a training step; run again to go on\n")
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert run(arguments) == 2
@@ -196,6 +209,25 @@ def test_features_of_another_encoder_are_refused(
     (other / "dump.json").write_text(json.dumps(record), encoding="utf-8")
     arguments = ["heads", "--exp", str(plain), "--train", str(other), "--valid", str(bases.valid)]
     assert f"error: {other}: was dumped with layer = 1, the model wants None" in refused(arguments, capsys)
+    (other / "dump.json").write_text('{"record": {}}', encoding="utf-8")
+    assert f"error: {other}/dump.json: does not say what was dumped; run stage 2 again" in refused(arguments, capsys)
+
+
+def test_features_of_another_width_are_refused(
+    bases: Bases, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bases.train, other)
+    (other / "utt2crc").unlink()
+    frames = {key: np.ones((count, 3), np.float32) for key, count in FeatureSet(other).store.frames.items()}
+    archive.write_archive(other / "feats.0000.ark", iter(frames.items()))
+    (other / "feats.scp").write_bytes((other / "feats.0000.scp").read_bytes())
+    arguments = ["heads", "--exp", str(plain), "--train", str(other), "--valid", str(other)]
+    assert f"error: {other}: holds features of 3 channels, the model reads " in refused(arguments, capsys)
+    arguments = ["heads", "--exp", str(plain), "--train", str(bases.train), "--valid", str(other)]
+    assert f"error: {other}: holds features of 3 channels, {bases.train} of " in refused(arguments, capsys)
+    arguments = ["decode", "--exp", str(plain), "--data", str(other), "--out", str(tmp_path / "out")]
+    assert f"error: {other}: holds features of 3 channels, the model reads " in refused(arguments, capsys)
 
 
 FAULTS = {

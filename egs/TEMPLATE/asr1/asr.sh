@@ -198,7 +198,8 @@ stage_pack() {
   if [[ -n $baseline_alone ]]; then echo "nothing to do for a baseline"; return; fi
   local options=()
   if [[ -f exp/$exp/$decoded/score.json ]]; then options+=(--scores "exp/$exp/$decoded/score.json"); fi
-  if [[ -f conf/$conf.md ]]; then options+=(--notes "conf/$conf.md"); fi # of the data and their licence, for the card
+  # of the data and their licence, for the card; of your own sets we know nothing
+  if [[ -f conf/$conf.md && -z $own_sets ]]; then options+=(--notes "conf/$conf.md"); fi
   go speechllm pack --exp "exp/$exp" --out "exp/$exp/packed" --name "$exp" "${options[@]}"
 }
 
