@@ -147,11 +147,11 @@ def undisturbed(tree: Path, options: list[str]) -> dict[int, float]:
 
 @dataclass
 class Killer:
-    """Runs a recipe to its end through `most` kills at least, as far as one run takes them."""
+    """Runs a recipe to its end through `least` kills, as far as one run takes them."""
 
     rng: random.Random
     took_s: dict[int, float]
-    most: int
+    least: int
     kills: Counter[int] = field(default_factory=Counter)
     names: dict[int, str] = field(default_factory=dict)
 
@@ -176,6 +176,8 @@ class Killer:
             try:
                 line = command.line(until)
             except queue.Empty:
+                if command.process.poll() is not None:  # it ended just now, well or not
+                    return None
                 command.kill()
                 return stage
             if line is None:
@@ -187,7 +189,7 @@ class Killer:
 
     def _moment(self, stage: int, *, is_finished: bool) -> float | None:
         """Return when a stage that begins now is struck, if it is still at work then; None for never."""
-        if self.kills.total() >= 2 * self.most or (is_finished and self.rng.random() > IN_FINISHED):
+        if self.kills.total() >= 2 * self.least or (is_finished and self.rng.random() > IN_FINISHED):
             return None
         beyond = 1.0 if is_finished or self.kills[stage] < SURE_KILLS else BEYOND
         return time.monotonic() + self.rng.uniform(0, beyond * self.took_s[stage])
@@ -206,7 +208,7 @@ def results(recipe: Path) -> dict[str, object]:
 def _records(path: Path) -> Iterator[dict[str, object]]:
     """Yield the records of a file without times."""
     text = path.read_text(encoding="utf-8")
-    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+    for part in text.rstrip("\n").split("\n") if path.suffix == ".jsonl" else [text]:
         yield {key: value for key, value in json.loads(part).items() if key not in OF_THE_RUN}
 
 
@@ -225,6 +227,8 @@ def main() -> int:
     parser.add_argument("--tree", type=Path, default=TOP, help="of which copies are made")
     parser.add_argument("--work", type=Path, help="folder for the copies, kept; a temporary one is removed")
     given = parser.parse_args()
+    if given.kills < 1:
+        parser.error("--kills must be at least 1")
     seed = secrets.randbelow(1 << 31) if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="random-killer-") as temporary:

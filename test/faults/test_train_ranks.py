@@ -53,7 +53,7 @@ class Setting:
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("ranks")
     settings = {
-        "epochs": 4,
+        "epochs": 8,
         "batch_tokens": 40,
         "accumulate": 2,
         "packing": True,
@@ -95,8 +95,9 @@ def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None
     metrics = alone.folder / "both/metrics.jsonl"
     with subprocess.Popen(alone.command("both", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + TIME_LIMIT_S
-        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=TIME_LIMIT_S)
     assert process.returncode == 75, stderr
