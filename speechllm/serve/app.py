@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from speechllm.decode import formats
 from speechllm.decode.result import Transcript
 from speechllm.serve import answers, corrected, uploads
 from speechllm.serve.limits import ApiError
+from speechllm.serve.protocol import ABORT
 from speechllm.serve.queue import Ticket
 from speechllm.serve.service import Options
 
@@ -38,6 +39,7 @@ PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
+LAST_EVENT_S = 1.0  # to tell a client that reads that the time is over
 CLIENT_GONE = 499  # nobody reads it; as nginx writes it into its log
 SAFETY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -49,16 +51,9 @@ SAFETY = {
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application of a service, which it starts and closes."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
-        yield
-        service.close()
-
+    """Return the application of a service that was started."""
     # the pages that describe an API would load scripts from elsewhere
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(Exception, _refuse)
@@ -92,13 +87,20 @@ def create_app(service: Service) -> FastAPI:
         LOG.info("event=%s after_s=%.2f", event, time.monotonic() - began)
         return answer
 
+    converting = asyncio.Lock()  # one at a time takes all that Python has of a processor
+
     @app.post("/formats/{kind}")
     async def save(kind: str, request: Request) -> Response:
+        address = _address(request)
         _check_origin(request)
+        service.rates.check(address)
         if kind not in formats.FORMATS:
             raise ApiError(404, f"'{kind}' is none of {', '.join(formats.FORMATS)}.", code="no_such_format")
-        transcript = corrected.parse(await _body(request, service.limits.upload_s))
-        return PlainTextResponse(formats.FORMATS[kind](transcript), headers=SAFETY)
+        with service.places.take(address):
+            data = await _body(request, service.limits.upload_s)
+            async with converting:
+                text = await asyncio.to_thread(corrected.convert, data, kind)
+        return PlainTextResponse(text, headers=SAFETY)
 
     return app
 
@@ -136,7 +138,7 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 
 async def _transcribe(request: Request, service: Service) -> Response:
     """Return the answer to one upload; its place, files and segments are given back whatever happens."""
-    address = request.client.host if request.client else ""
+    address = _address(request)
     _check_origin(request)
     service.check_open()
     service.rates.check(address)
@@ -145,21 +147,34 @@ async def _transcribe(request: Request, service: Service) -> Response:
         held.enter_context(service.places.take(address))
         file = Path(held.enter_context(service.folder())) / "upload"
         form = await _receive(request, file, service)
+        ends_at = service.ends_at()
         options = Options.of(form, service.name, service.language)
         ticket = held.enter_context(Ticket(service.batches))
         if options.stream:
-            path, duration_s = await _while_connected(request, service.unpack(file))
-            events = _events(service.segments(ticket, path, options.hotwords), duration_s)
-            return _Stream(events, held.pop_all())
-        transcript = await _while_connected(request, service.transcript(ticket, file, options.hotwords))
+            path, duration_s = await _while_connected(request, service.unpack(file, ends_at))
+            events = _events(service.segments(ticket, path, options.hotwords, ends_at), duration_s)
+            return _Stream(events, held.pop_all(), ends_at + LAST_EVENT_S)
+        transcript = await _while_connected(request, service.transcript(ticket, file, options.hotwords, ends_at))
     return _render(transcript, options, service.language)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _check_origin(request: Request) -> None:
     """Refuse what another site's page sends: browsers put that site's name into the request."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and _site(origin) != request.headers.get("host"):
         raise ApiError(403, "Pages of other sites cannot use this server.", code="other_origin")
+
+
+def _site(origin: str) -> str | None:
+    """Return the host and port in an origin; None where it is no address."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 async def _receive(request: Request, file: Path, service: Service) -> uploads.Form:
@@ -190,15 +205,23 @@ async def _left(request: Request) -> None:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; what the request holds is given back after the last, or when the client goes away."""
+    """Server-sent events; what the request holds is given back after the last, or when the client goes away.
 
-    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack) -> None:
+    So it is at `ends_at`, when the connection of a client that does not read is aborted: sending waits for it for ever.
+    """
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, ends_at: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._held = held
+        self._held, self._ends_at = held, ends_at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            await super().__call__(scope, receive, send)
+        try:
+            async with self._held, asyncio.timeout_at(self._ends_at):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            LOG.info("event=unread")
+            scope["state"][ABORT]()
+            await self.listen_for_disconnect(receive)
 
 
 async def _events(segments: AsyncIterator[Segment], duration_s: float) -> AsyncIterator[str]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from speechllm.decode import formats
 from speechllm.decode.result import Segment, Transcript, Word
 from speechllm.serve.limits import ApiError
 
-MAX_BYTES = 16 << 20
+MAX_BYTES = 5 << 20
+"""An hour in which 20 words are spoken a second, of 70 bytes each with their times; or four hours of 5 a second."""
+MAX_SEGMENTS = 20_000
+MAX_WORDS = 2_000
+MAX_FLAGS = 10
 CORRECTED = "corrected"
 """The flag of a segment whose text is the user's."""
 
 Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Confidence = Annotated[float, Field(ge=0, le=1)]
+_Flag = Annotated[str, Field(pattern="^[a-z_]{1,20}$")]
 
 
 class _Word(BaseModel):
@@ -31,8 +37,8 @@ class _Segment(BaseModel):
     start: Seconds
     end: Seconds
     confidence: Confidence
-    words: tuple[_Word, ...] = ()
-    flags: tuple[Annotated[str, Field(pattern="^[a-z_]{1,20}$")], ...] = ()
+    words: Annotated[tuple[_Word, ...], Field(max_length=MAX_WORDS), FailFast()] = ()
+    flags: Annotated[tuple[_Flag, ...], Field(max_length=MAX_FLAGS), FailFast()] = ()
     corrected: bool = False
 
     def segment(self) -> Segment:
@@ -46,7 +52,17 @@ class _Segment(BaseModel):
 class _Transcript(BaseModel):
     model_config = ConfigDict(frozen=True)
     duration: Seconds
-    segments: tuple[_Segment, ...]
+    # the first fault is told, and all others would cost much: a second for each 100 kB
+    segments: Annotated[tuple[_Segment, ...], Field(max_length=MAX_SEGMENTS), FailFast()]
+
+
+def convert(data: bytes, kind: str) -> str:
+    """Return the transcript in a JSON body in one of `formats.FORMATS`.
+
+    Raises:
+        ApiError: as `parse`.
+    """
+    return formats.FORMATS[kind](parse(data))
 
 
 def parse(data: bytes) -> Transcript:

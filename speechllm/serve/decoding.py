@@ -52,7 +52,8 @@ class Unpacker:
         """Return the seconds of the sound in `source`; `target` becomes a WAV of one channel at the same rate.
 
         Raises:
-            ApiError: 415, not a sound; 413, too long; 422, broken, or its decoder hung, crashed or took too much.
+            ApiError: 415, not a sound; 413, too long; 422, broken, or its decoder hung, crashed or took too much; 503,
+                the disk is full.
         """
         if not is_audio(source):
             message = f"The file is not a sound that can be read: send {READABLE}."
@@ -61,6 +62,8 @@ class Unpacker:
             found = await self._run(self._job(source, target))
         if found.get("kind") == "long":
             raise ApiError(413, f"The recording {found.get('what')}.", param="file", code="recording_too_long")
+        if found.get("kind") == "no_room":
+            raise busy(503, "The server cannot store what the file unpacks to now.", "no_room")
         duration_s = found.get("duration_s")
         if found.get("kind") != "ok" or not isinstance(duration_s, float):
             raise ApiError(422, f"The file {found.get('what')}.", param="file", code="broken_file")

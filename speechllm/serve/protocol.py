@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import struct
+import termios
 from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -11,27 +14,45 @@ if TYPE_CHECKING:
 
     from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
+ABORT = "abort"
+"""Where a request's state holds what ends its connection at once, whatever is still to be sent."""
+
 
 def guarded(headers_s: float) -> type[H11Protocol]:
     """Return the protocol that ends a connection on which no request has begun for `headers_s` seconds.
 
-    A client that sends its headers byte by byte, or goes on sending a body that was refused, is ended by it too.
+    A client that sends its headers byte by byte, or goes on sending a body that was refused, is ended by it too. One
+    that still takes in its last answer is not, as long as it does.
     """
 
     class Guarded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._watch()
+            self.app_state = {**self.app_state, ABORT: transport.abort}
+            self._watch(None)
 
         def on_response_complete(self) -> None:
+            answered = self.cycle  # a request that waits behind it begins in the next line
             super().on_response_complete()
-            self._watch()
+            self._watch(answered)
 
-        def _watch(self) -> None:
-            self.loop.call_later(headers_s, self._check, self.cycle)
+        def _watch(self, cycle: RequestResponseCycle | None) -> None:
+            self.loop.call_later(headers_s, self._check, cycle, self._unsent())
 
-        def _check(self, cycle: RequestResponseCycle | None) -> None:
-            if self.cycle is cycle:  # no request has begun since
+        def _check(self, cycle: RequestResponseCycle | None, unsent_before: int) -> None:
+            if self.cycle is not cycle:  # a request has begun since
+                return
+            if self._unsent() < unsent_before:
+                self._watch(cycle)
+            else:
                 self.transport.abort()
+
+        def _unsent(self) -> int:
+            """Return the bytes that the client has not taken in: ours, and those that wait in the system."""
+            number = self.transport.get_extra_info("socket").fileno()
+            if number < 0:  # the connection has ended
+                return 0
+            (queued,) = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))
+            return self.transport.get_write_buffer_size() + int(queued)
 
     return Guarded

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import signal
 import socket
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Never
 
 from speechllm.errors import ConfigError, Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import FrameType
 
@@ -46,7 +48,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: a name that can be none
         raise ConfigError(f"{host}:{port}", f"cannot listen ({error})", "take another --host or --port") from error
 
 
@@ -81,22 +83,32 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
         Stopped: SIGTERM came, which a manager of services sends.
     """
     check_packages()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without one
-    signal.signal(signal.SIGTERM, _stop)  # uvicorn ends what is at work, and then raises it again
-    with listen(host, port) as sock:
+    with _signals(), listen(host, port) as sock:
         from speechllm.recognizer import SpeechLLM
         from speechllm.serve.app import create_app
         from speechllm.serve.service import Service
         from speechllm.transcribe import model_folder
 
         folder = model_folder(model)
-        service = Service(SpeechLLM.from_pretrained(folder), limits, name=model_name(folder), language=language)
-        shown = f"[{host}]" if ":" in host else host
-        LOG.info("event=listening url=http://%s:%d model=%s", shown, sock.getsockname()[1], service.name)
-        try:
+        recognizer = SpeechLLM.from_pretrained(folder)
+        with closing(Service(recognizer, limits, name=model_name(folder), language=language)) as service:
+            service.start()
+            shown = f"[{host}]" if ":" in host else host
+            LOG.info("event=listening url=http://%s:%d model=%s", shown, sock.getsockname()[1], service.name)
             asyncio.run(make_server(create_app(service), limits).serve(sockets=[sock]))
-        finally:
-            service.batches.join(STOP_S)  # a thread that is cut off inside the model can crash the process
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the block, and afterwards do what they did before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without one
+    signal.signal(signal.SIGTERM, _stop)  # uvicorn ends what is at work, and then raises it again
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set, nor can set again
 
 
 def _stop(number: int, _frame: FrameType | None) -> Never:

@@ -35,6 +35,7 @@ LOG = logging.getLogger(__name__)
 ANY_MODEL = "whisper-1"  # many clients have OpenAI's name built in
 GRANULARITIES = ("word", "segment")
 MAX_PROMPT_WORDS = 200
+STOP_S = 10.0
 
 
 def longform_walk(ticket: Ticket, path: Path, hotwords: Hotwords | None) -> Iterator[Segment]:
@@ -149,12 +150,13 @@ class Service:
         self._unpacker.start()
 
     def close(self) -> None:
-        """Drop all requests, end the threads, remove the files."""
+        """Drop all requests, end the threads, remove the files; wait for what the model works on."""
         self._is_closed = True
         self.batches.close()
         self._unpacker.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._folder.cleanup()
+        self.batches.join(STOP_S)  # a thread that is cut off inside the model can crash the process
 
     def check_open(self) -> None:
         """Refuse a request while the server stops.
@@ -169,25 +171,37 @@ class Service:
         """Return a new folder for the files of one request, to be used in a ``with`` statement."""
         return tempfile.TemporaryDirectory(dir=self._folder.name, ignore_cleanup_errors=True)
 
-    async def unpack(self, source: Path) -> tuple[Path, float]:
+    def ends_at(self) -> float:
+        """Return when the time of a request is over whose upload ends now, by the clock of the event loop."""
+        return asyncio.get_running_loop().time() + self.limits.timeout_s
+
+    async def unpack(self, source: Path, ends_at: float) -> tuple[Path, float]:
         """Return a plain WAV of what is in `source`, beside it, and its seconds; `source` is removed.
 
         Raises:
-            ApiError: as `Unpacker.unpack`.
+            ApiError: as `Unpacker.unpack`; 503, the time is over.
         """
         target = source.with_name("plain.wav")
-        duration_s = await self._unpacker.unpack(source, target)
+        try:
+            async with asyncio.timeout_at(ends_at):
+                duration_s = await self._unpacker.unpack(source, target)
+        except TimeoutError as error:
+            raise self._late() from error
         source.unlink()  # noqa: ASYNC240 - no more blocking than the rest of a small program
         return target, duration_s
 
-    async def segments(self, ticket: Ticket, path: Path, hotwords: Hotwords | None) -> AsyncIterator[Segment]:
+    def _late(self) -> ApiError:
+        return busy(503, f"The text was not ready within {self.limits.timeout_s:g} s.", "timeout")
+
+    async def segments(
+        self, ticket: Ticket, path: Path, hotwords: Hotwords | None, ends_at: float
+    ) -> AsyncIterator[Segment]:
         """Yield the segments of a recording as they are found.
 
         Raises:
             ApiError: 422, it cannot be read; 503, the time is over or the server stops; 500, our own fault.
         """
         loop = asyncio.get_running_loop()
-        ends_at = loop.time() + self.limits.timeout_s
         found: asyncio.Queue[Segment | Exception | None] = asyncio.Queue()
 
         def post(value: Segment | Exception | None) -> None:
@@ -201,21 +215,22 @@ class Service:
                     value = await found.get()
             except TimeoutError as error:
                 ticket.drop()
-                raise busy(503, f"The text was not ready within {self.limits.timeout_s:g} s.", "timeout") from error
+                raise self._late() from error
             if value is None:
                 return
             if isinstance(value, Exception):
                 raise _as_api_error(value)
             yield value
 
-    async def transcript(self, ticket: Ticket, source: Path, hotwords: Hotwords | None) -> Transcript:
+    async def transcript(self, ticket: Ticket, source: Path, hotwords: Hotwords | None, ends_at: float) -> Transcript:
         """Return the text of an uploaded file.
 
         Raises:
             ApiError: as `unpack` and `segments`.
         """
-        path, duration_s = await self.unpack(source)
-        return Transcript(duration_s, tuple([segment async for segment in self.segments(ticket, path, hotwords)]))
+        path, duration_s = await self.unpack(source, ends_at)
+        segments = [segment async for segment in self.segments(ticket, path, hotwords, ends_at)]
+        return Transcript(duration_s, tuple(segments))
 
 
 def _go(walk: Callable[[], Iterator[Segment]], post: Callable[[Segment | Exception | None], None]) -> None:

@@ -37,6 +37,7 @@ MAX_OPEN_FILES = 64
 HEADER_BYTES = 1 << 12  # more than a WAV header takes
 SAMPLE_BYTES = 4
 READY = b"ready"
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Job:
 
 class _TooLongError(Exception):
     """The sound is longer, or unpacks to more, than it may."""
+
+
+class _NoRoomError(Exception):
+    """What was unpacked cannot be written: the disk is full, for example."""
 
 
 def serve(control: socket.socket) -> None:
@@ -72,7 +77,7 @@ def serve(control: socket.socket) -> None:
                 job, answers = _next_job(control)
                 if answers is None:
                     break
-                one = _fork(job, answers, control)
+                one = _fork(job, answers)
                 for number in one.numbers:
                     selector.register(number, selectors.EVENT_READ, one)
         for one in {key.data for key in selector.get_map().values() if key.data is not None}:
@@ -106,17 +111,25 @@ def _next_job(control: socket.socket) -> tuple[bytes, socket.socket | None]:
     return (job, socket.socket(fileno=numbers[0])) if numbers else (job, None)
 
 
-def _fork(job: bytes, answers: socket.socket, control: socket.socket) -> _Running:
+def _fork(job: bytes, answers: socket.socket) -> _Running:
     pid = os.fork()
     if pid:
         return _Running(pid, os.pidfd_open(pid), answers)
     try:
-        control.close()
+        _close_all_but(answers.fileno())
         quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 2)  # decoders write their complaints there
+        os.dup2(quiet, STDERR)  # decoders write their complaints there
         answers.sendall(json.dumps(_work(Job(**json.loads(job)))).encode())
     finally:
         os._exit(0)
+
+
+def _close_all_but(number: int) -> None:
+    """Close what came along: a socket of another process would not end with that process as long as it is open here."""
+    for opened in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if opened > STDERR and opened != number:
+            with contextlib.suppress(OSError):  # the list's own has gone
+                os.close(opened)
 
 
 def _work(job: Job) -> dict[str, object]:
@@ -126,6 +139,8 @@ def _work(job: Job) -> dict[str, object]:
         return {"kind": "ok", "duration_s": _copy(job)}
     except _TooLongError as error:
         return {"kind": "long", "what": str(error)}
+    except _NoRoomError:
+        return {"kind": "no_room"}
     except DataError as error:
         return {"kind": "broken", "what": error.what[:MAX_REASON_CHARS]}
     except (OSError, MemoryError, soundfile.SoundFileError, ValueError, RuntimeError) as error:
@@ -152,11 +167,32 @@ def _copy(job: Job) -> float:
     source = Path(job.source)
     info = _inspect(source, job)
     num_samples = 0
-    with soundfile.SoundFile(job.target, "w", info.sample_rate_hz, 1, subtype="FLOAT", format="WAV") as stream:
+    with _writing():
+        stream = soundfile.SoundFile(job.target, "w", info.sample_rate_hz, 1, subtype="FLOAT", format="WAV")
+    try:
         for block in _blocks(source, info, job):
-            stream.write(block)
             num_samples += len(block)
+            if num_samples * SAMPLE_BYTES > job.max_decoded_bytes:
+                raise _TooLongError(f"unpacks to more than {job.max_decoded_bytes} bytes")
+            with _writing():
+                stream.write(block)
+    finally:
+        with _writing():
+            stream.close()
     return num_samples / info.sample_rate_hz
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Take what goes wrong inside as no fault of the file that is read.
+
+    Raises:
+        _NoRoomError: soundfile says so by an error of the system, or by an assertion where too little was written.
+    """
+    try:
+        yield
+    except (OSError, soundfile.SoundFileError, AssertionError) as error:
+        raise _NoRoomError from error
 
 
 def _blocks(source: Path, info: audio.AudioInfo, job: Job) -> Iterator[NDArray[np.float32]]:

@@ -155,7 +155,8 @@ def serving(model: Recognizer, limits: Limits | None = None, walk: Walk = walk_p
     limits = limits or Limits(rate_per_min=0)
     service = Service(model, limits, name="mini", walk=walk)
     server = make_server(create_app(service), limits)
-    with listen("127.0.0.1", 0) as sock:
+    with contextlib.closing(service), listen("127.0.0.1", 0) as sock:
+        service.start()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:

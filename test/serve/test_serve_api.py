@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import socket
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from running import PATH, FakeModel, Running, numbered, serving, wav
 
 from speechllm.cli import run
+from speechllm.decode import formats
 from speechllm.errors import ConfigError
 from speechllm.serve import server
+from speechllm.serve.corrected import MAX_BYTES, MAX_SEGMENTS, MAX_WORDS, parse
+from speechllm.serve.limits import ApiError, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from speechllm.decode.result import Transcript
+
 TWO = wav(numbered(5, 1.5))
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +225,13 @@ def test_pages_of_other_sites_are_refused(running: Running) -> None:
     assert httpx.post(running.url + PATH, files=files, headers={"Origin": running.url}).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["null", "", "http://[", "http://[::1]x", "//"])
+@pytest.mark.parametrize("path", [PATH, "/formats/txt"])
+def test_an_origin_that_is_no_address_is_another_site(running: Running, origin: str, path: str) -> None:
+    answer = httpx.post(running.url + path, json=CORRECTED, headers={"Origin": origin})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "other_origin")
+
+
 def test_the_page_takes_nothing_from_the_network(running: Running) -> None:
     for path in ("/", "/page.js", "/page.css"):
         answer = httpx.get(running.url + path)
@@ -226,6 +246,38 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         port = taken.getsockname()[1]
         assert run(["serve", "--model", str(tmp_path), "--port", str(port)]) == 2
     assert capsys.readouterr().err.startswith(f"error: 127.0.0.1:{port}: cannot listen (")
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_is_none_is_one_line(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--host", host, "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {host}:0: cannot listen (")
+
+
+def test_a_server_that_cannot_unpack_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = SimpleNamespace(from_pretrained=lambda _: FakeModel())
+    monkeypatch.setitem(sys.modules, "speechllm.recognizer", SimpleNamespace(SpeechLLM=model))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    threads = set(threading.enumerate())
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
+    try:
+        status = run(["serve", "--model", str(tmp_path), "--port", "0"])
+        after = [signal.getsignal(number) for number in STOPPING]
+    finally:
+        for number, handler in zip(STOPPING, handlers, strict=True):
+            signal.signal(number, handler)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "event=" not in line]
+    assert (status, lines) == (
+        1,
+        ["error: system: the process that unpacks files did not start; mend it and run again"],
+    )
+    assert after == [signal.SIG_IGN] * 2
+    assert list(tmp_path.iterdir()) == []
+    assert set(threading.enumerate()) <= threads
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +311,65 @@ def test_a_corrected_transcript_is_saved_as_transcribe_writes_it(running: Runnin
     assert json.loads(texts["json"])["segments"][0]["flags"] == ["corrected"]
 
 
+PART = [{"text": "", "start": 0, "end": 0, "confidence": 1}]
+WORD = {"word": "東雲", "start": 3599.123, "end": 3599.456, "confidence": 0.987}
+
+
+def worded(*words: dict[str, object]) -> dict[str, object]:
+    """Return a transcript of one segment."""
+    return {"duration": 3600, "segments": [PART[0] | {"words": words}]}
+
+
+def test_an_hour_of_fast_speech_fits_into_a_transcript(running: Running) -> None:
+    """Ten words a second, in parts of five seconds."""
+    words = [WORD] * 50
+    part = {"text": "東雲" * 50, "start": 3595.123, "end": 3599.456, "confidence": 0.987, "words": words, "flags": []}
+    data = json.dumps({"duration": 3600, "segments": [part] * 720}, ensure_ascii=False).encode()
+    answer = running.client.post("/formats/txt", content=data)
+    assert (answer.status_code, len(answer.text)) == (200, 720 * 101)
+
+
+@pytest.mark.parametrize(
+    "segments", [[{}, {}], [PART[0] | {"words": [{}, {}]}, {}], [PART[0] | {"flags": ["A", "B"]}, {}]]
+)
+def test_the_first_fault_of_a_transcript_is_looked_for_and_no_other(segments: list[dict[str, object]]) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(json.dumps({"duration": 1, "segments": segments}).encode())
+    assert isinstance(refused.value.__cause__, ValidationError)
+    faults = [error["loc"] for error in refused.value.__cause__.errors()]
+    assert not [place for place in faults if 1 in place]
+    assert faults
+
+
+def test_saving_has_a_rate_and_takes_a_place() -> None:
+    model = FakeModel()
+    model.gate.clear()
+    with serving(model, Limits(rate_per_min=3, max_queue=1)) as running, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(running.post, TWO)
+        assert model.began.wait(30)
+        answers = [running.client.post("/formats/txt", json=CORRECTED) for _ in range(3)]
+        model.gate.set()
+        assert held.result().status_code == 200
+    codes = [(answer.status_code, answer.json()["error"]["code"]) for answer in answers]
+    assert codes == [(429, "queue_full")] * 2 + [(429, "rate_limit_exceeded")]
+
+
+def test_saving_holds_nobody_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Transcript) -> str:
+        began.set()
+        return f"{go_on.wait(30)}"
+
+    monkeypatch.setitem(formats.FORMATS, "txt", slow)
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(running.client.post, "/formats/txt", json=CORRECTED)
+        assert began.wait(30)
+        assert running.client.get("/health").json()["requests"] == 1
+        go_on.set()
+        assert saved.result().text == "True"
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "status", "message"),
     [
@@ -268,7 +379,10 @@ def test_a_corrected_transcript_is_saved_as_transcribe_writes_it(running: Runnin
         ("srt", b"{}", 400, "duration: Field required."),
         ("srt", b'{"duration": NaN, "segments": []}', 400, "duration: "),
         ("srt", json.dumps(CORRECTED).replace('"end": 2', '"end": -2').encode(), 400, "segments.0.end: "),
-        ("srt", b" " * (17 << 20), 413, "too long"),
+        ("srt", json.dumps({"duration": 1, "segments": PART * (MAX_SEGMENTS + 1)}).encode(), 400, "segments: Tuple "),
+        ("srt", json.dumps(worded({}, WORD)).encode(), 400, "segments.0.words.0.word: Field required."),
+        ("srt", json.dumps(worded(*[WORD] * (MAX_WORDS + 1))).encode(), 400, "segments.0.words: Tuple "),
+        ("srt", b" " * (MAX_BYTES + 1), 413, "too long"),
     ],
 )
 def test_what_is_no_transcript_is_refused(running: Running, kind: str, body: bytes, status: int, message: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
+import resource
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +23,16 @@ import soundfile
 from bombs import flac_bomb
 from running import PATH, FakeModel, Running, numbered, serving, wait_until, wav
 
+from speechllm.data import audio
+from speechllm.decode.result import Segment
 from speechllm.serve.limits import Limits
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from speechllm.decode.hotwords import Hotwords
     from speechllm.serve.decoding import Unpacker
+    from speechllm.serve.queue import Ticket
 
 BOUNDARY = "xxboundaryxx"
 HEAD = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'.encode()
@@ -46,6 +52,11 @@ def request(length: int | None, *lines: str) -> bytes:
     size = [] if length is None else [f"Content-Length: {length}"]
     kind = f"Content-Type: multipart/form-data; boundary={BOUNDARY}"
     return "\r\n".join([f"POST {PATH} HTTP/1.1", "Host: here", kind, *size, *lines, "", ""]).encode()
+
+
+def field(name: str, value: str) -> bytes:
+    """Return a field of a form."""
+    return f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
 
 
 def status_of(connection: socket.socket) -> int:
@@ -232,6 +243,51 @@ def test_a_decoder_process_that_was_killed_comes_back(running: Running) -> None:
     assert running.alive()
 
 
+def test_a_decoder_that_crashes_is_told_while_another_runs() -> None:
+    limits = Limits(max_seconds=14_000, decode_s=10, rate_per_min=0)
+    with serving(FakeModel(), limits) as running, ThreadPoolExecutor(2) as pool:
+        answers, pids = [], list[int]()
+        for number in (1, 2):
+            answers.append(pool.submit(running.post, flac_bomb(3000)))
+            wait_until(lambda number=number: len(children(running.service._unpacker)) == number)  # type: ignore[misc]
+            pids += [pid for pid in children(running.service._unpacker) if pid not in pids]
+            os.kill(pids[-1], signal.SIGSTOP)
+        os.kill(pids[0], signal.SIGKILL)
+        assert code_of(answers[0].result()) == (422, "broken_file")
+        assert "made its decoder fail" in answers[0].result().text
+        assert not answers[1].done()
+        os.kill(pids[1], signal.SIGKILL)
+        assert "made its decoder fail" in answers[1].result().text
+        assert running.alive()
+
+
+def fill_disk(running: Running) -> None:
+    """Let the next files be written to a device that is always full."""
+    job = running.service._unpacker._job
+    running.service._unpacker._job = lambda *paths: dataclasses.replace(job(*paths), target="/dev/full")  # type: ignore[method-assign]
+
+
+def fill_disk_soon(running: Running) -> None:
+    """Let the next files be written so far and no further."""
+    process = running.service._unpacker._process
+    assert process
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+@pytest.mark.parametrize("fill", [fill_disk, fill_disk_soon])
+def test_no_room_for_what_is_unpacked_is_not_the_files_fault(fill: Callable[[Running], None]) -> None:
+    sound = wav(np.zeros(20 * 16_000, np.float32), "FLAC")
+    with serving(FakeModel(), Limits(rate_per_min=0)) as running:
+        assert running.post(sound).status_code == 200
+        fill(running)
+        answer = running.post(sound)
+        assert code_of(answer) == (503, "no_room")
+        assert answer.headers["retry-after"] == "5"
+        broken = running.post(b"fLaC" + bytes(500))
+        assert code_of(broken) == (422, "broken_file")
+        assert written(running) == 0
+
+
 def test_no_memory_for_a_decoder_is_the_files_fault() -> None:
     with serving(FakeModel(), Limits(decode_memory_bytes=0)) as running:
         assert code_of(running.post(wav(numbered(3, 20)))) == (422, "broken_file")
@@ -297,8 +353,7 @@ def test_who_leaves_frees_the_place_and_the_line(stream: str) -> None:
     with serving(model, Limits(max_queue=4, rate_per_min=0)) as running, ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.post, SHORT)
         assert model.began.wait(30)
-        option = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="stream"\r\n\r\n{stream}\r\n'.encode()
-        body = option + HEAD + wav(numbered(4, 5)) + TAIL
+        body = field("stream", stream) + HEAD + wav(numbered(4, 5)) + TAIL
         leaving = running.raw(request(len(body)) + body)
         wait_until(lambda: running.service.batches.waiting == 1)
         leaving.close()
@@ -339,6 +394,82 @@ def test_a_text_that_takes_too_long_is_given_up() -> None:
         running.wait_free()
         model.gate.set()
         assert running.alive()
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_the_time_for_a_text_runs_while_its_file_waits_for_a_decoder(stream: str) -> None:
+    with serving(FakeModel(), Limits(decoders=0, timeout_s=0.5)) as running:
+        running.client.timeout = httpx.Timeout(5)
+        assert code_of(running.post(SHORT, stream=stream)) == (503, "timeout")
+        assert written(running) == 0
+
+
+def walk_much(ticket: Ticket, path: Path, hotwords: Hotwords | None) -> Iterator[Segment]:
+    """Yield more text than the buffers between a server and its client hold."""
+    (found,) = ticket.recognize([audio.read(path)], hotwords=hotwords)
+    for number in range(12):
+        yield Segment(number, number + 1, found.text + "x" * 2_000_000, found.confidence)
+
+
+def listening(running: Running, data: bytes, buffer_bytes: int) -> socket.socket:
+    """Return a connection of which the system takes in no more than `buffer_bytes` unread, on which `data` was sent."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", running.port))
+    connection.sendall(data)
+    return connection
+
+
+def test_who_does_not_read_his_events_has_his_time() -> None:
+    body = field("stream", "true") + HEAD + SHORT + TAIL
+    with serving(FakeModel(), Limits(timeout_s=1, rate_per_min=0), walk_much) as running:
+        with listening(running, request(len(body)) + body, 1 << 12) as connection:
+            wait_until(lambda: running.service.places.taken == 1)
+            running.wait_free()
+            found = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        assert found.startswith(b"HTTP/1.1 200")
+        assert found.endswith(b"x")  # the connection was ended at once, not when all was read
+        assert written(running) == 0
+
+
+def test_a_large_answer_reaches_a_client_that_takes_it_in_slowly() -> None:
+    body = HEAD + SHORT + TAIL
+    serve = serving(FakeModel(), Limits(headers_s=1, rate_per_min=0), walk_much)
+    with serve as running, listening(running, request(len(body), "Connection: close") + body, 1 << 18) as connection:
+        found = bytearray()
+        while some := connection.recv(1 << 20, socket.MSG_WAITALL):
+            found += some
+            time.sleep(0.1)
+    head, _, text = bytes(found).partition(b"\r\n\r\n")
+    assert f"content-length: {len(text)}".encode() in head.lower()
+    assert len(text) > 24_000_000
+
+
+def test_a_large_answer_does_not_wait_for_a_client_that_takes_nothing_in() -> None:
+    body = HEAD + SHORT + TAIL
+    serve = serving(FakeModel(), Limits(headers_s=0.5, rate_per_min=0), walk_much)
+    with serve as running, listening(running, request(len(body)) + body, 1 << 12) as connection:
+        wait_until(lambda: running.service.places.taken == 1)
+        running.wait_free()
+        time.sleep(2)
+        found = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    assert 0 < len(found) < 24_000_000
+
+
+def test_a_request_right_behind_another_has_its_own_time() -> None:
+    model = FakeModel()
+    model.gate.clear()
+    body = HEAD + SHORT + TAIL
+    with serving(model, Limits(headers_s=0.3, rate_per_min=0)) as running:
+        both = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n" + request(len(body), "Connection: close") + body
+        with running.raw(both) as connection:
+            assert model.began.wait(30)
+            time.sleep(1)  # longer than a connection may be idle
+            model.gate.set()
+            found = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert found.count(b"HTTP/1.1 200 OK") == 2
+    assert found.endswith('{"text":"3番。"}'.encode())
 
 
 def test_a_fault_of_the_model_is_ours_and_shows_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
