@@ -219,8 +219,10 @@ def device_name(device: torch.device) -> str:
 
 
 def portable(record: Mapping[str, object]) -> dict[str, object]:
-    """Return a provenance without the command line, which holds paths of one machine."""
-    return {key: value for key, value in record.items() if key != "argv"}
+    """Return a provenance without command lines, which hold paths of one machine; that of its training included."""
+    return {
+        key: portable(value) if isinstance(value, dict) else value for key, value in record.items() if key != "argv"
+    }
 
 
 def provenance(extra: Mapping[str, object] | None = None) -> dict[str, object]:

@@ -145,3 +145,8 @@ def test_lines_of_a_killed_run_are_read_up_to_the_one_cut_short(tmp_path: Path, 
 def test_an_error_is_one_line_of_three_parts(tmp_path: Path) -> None:
     error = UserError(tmp_path / "a", "two\nlines", " and\tblanks ")
     assert str(error) == f"{tmp_path}/a: two lines; and blanks"
+
+
+def test_a_portable_record_has_no_command_line_at_any_depth() -> None:
+    record = {"argv": ["--exp", "/a"], "commit": "c", "training": {"argv": ["--exp", "/b"], "minutes": 2.0}}
+    assert runtime.portable(record) == {"commit": "c", "training": {"minutes": 2.0}}

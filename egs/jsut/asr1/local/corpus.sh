@@ -4,7 +4,7 @@ corpora=(mini) train_set=mini_train valid_set=mini_dev eval_set=mini_eval
 baselines=(whisper:openai/whisper-base) table=$1
 case $1 in
   mini) ;;
-  mini_conv) table=mini ;;
+  mini_conv | mini_long) table=mini ;;
   mini_open) corpora=(mini_open) train_set=mini_open_train valid_set=mini_open_dev eval_set=mini_open_eval ;;
   jsut | jsut_*)
     # trained on ReazonSpeech, the public stand-in for the private 1,000 h; JSUT is not seen before the test
