@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from speechllm.errors import DataError
+from speechllm.runtime import portable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +75,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _core(training: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in training.items() if key != "packed"}
+    return {key: value for key, value in portable(training).items() if key != "packed"}
 
 
 def _metric(name: str, entry: Mapping[str, Any]) -> Metric:
