@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_ADDRESSES = 10_000  # whose rate is remembered
 BUSY_RETRY_S = 5
+STOP_S = 10  # for what is at work when the server is stopped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import signal
 import socket
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING, Never
 
 from speechllm.errors import ConfigError, Stopped
+from speechllm.runtime import on_signals
+from speechllm.serve.limits import STOP_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from types import FrameType
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from speechllm.serve.limits import Limits
 
 LOG = logging.getLogger(__name__)
-STOP_S = 10
 
 
 def check_packages() -> None:
@@ -83,7 +83,12 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
         Stopped: SIGTERM came, which a manager of services sends.
     """
     check_packages()
-    with _signals(), listen(host, port) as sock:
+    with (
+        # a shell starts what is in its background without one
+        on_signals([signal.SIGINT], signal.default_int_handler),
+        on_signals([signal.SIGTERM], _stop),  # uvicorn ends what is at work, and then raises it again
+        listen(host, port) as sock,
+    ):
         from speechllm.recognizer import SpeechLLM
         from speechllm.serve.app import create_app
         from speechllm.serve.service import Service
@@ -96,19 +101,6 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
             shown = f"[{host}]" if ":" in host else host
             LOG.info("event=listening url=http://%s:%d model=%s", shown, sock.getsockname()[1], service.name)
             asyncio.run(make_server(create_app(service), limits).serve(sockets=[sock]))
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the block, and afterwards do what they did before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without one
-    signal.signal(signal.SIGTERM, _stop)  # uvicorn ends what is at work, and then raises it again
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set, nor can set again
 
 
 def _stop(number: int, _frame: FrameType | None) -> Never:

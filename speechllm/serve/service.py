@@ -14,7 +14,7 @@ from speechllm.decode.result import Segment, Transcript
 from speechllm.errors import DataError
 from speechllm.serve.answers import FORMATS
 from speechllm.serve.decoding import Unpacker
-from speechllm.serve.limits import ApiError, Limits, Places, Rates, busy
+from speechllm.serve.limits import STOP_S, ApiError, Limits, Places, Rates, busy
 from speechllm.serve.queue import Batches, Dropped, Ticket
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ LOG = logging.getLogger(__name__)
 ANY_MODEL = "whisper-1"  # many clients have OpenAI's name built in
 GRANULARITIES = ("word", "segment")
 MAX_PROMPT_WORDS = 200
-STOP_S = 10.0
 
 
 def longform_walk(ticket: Ticket, path: Path, hotwords: Hotwords | None) -> Iterator[Segment]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from speechllm.errors import EXIT_STOPPED, ConfigError, DataError, Stopped
 from speechllm.folders import DECODE_RECORD, only_writer
-from speechllm.runtime import read_json, write_json
+from speechllm.runtime import on_signals, read_json, write_json
 from speechllm.slurm.settings import load
 from speechllm.slurm.submit import Job, check_slurm, own_folder, submit
 from speechllm.slurm.watch import Watch, ask_squeue
@@ -149,12 +149,8 @@ def _stop_event() -> Iterator[threading.Event]:
     def request(_number: int, _frame: FrameType | None) -> None:
         event.set()
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals((signal.SIGINT, signal.SIGTERM), request):
         yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _report(failed: Sequence[Ending]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.errors import EXIT_OURS, EXIT_STOPPED
-from speechllm.runtime import setup_logging, write_json
+from speechllm.runtime import on_signals, setup_logging, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -161,12 +161,8 @@ def _told() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         told.append(number)
 
-    previous = {number: signal.signal(number, note) for number in STOPS}
-    try:
+    with on_signals(STOPS, note):
         yield told
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _wait(process: subprocess.Popen[bytes], told: Sequence[int], folder: Path, place: Place) -> int:

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from speechllm.errors import EXIT_OURS
+from speechllm.runtime import on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,12 +67,8 @@ def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         for process in ranks:
             process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    with on_signals(FORWARDED, forward):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from speechllm.errors import ModelError, Stopped
 from speechllm.model.state import check_keys, load_tensors, save_tensors
-from speechllm.runtime import derive_seed
+from speechllm.runtime import derive_seed, on_signals
 from speechllm.train import average
 from speechllm.train import checkpoint as ckpt
 from speechllm.train.ahead import Step, making_ready
@@ -104,12 +104,8 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Stopped("not in a training step; run again to go on")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with on_signals((signal.SIGTERM, signal.SIGUSR1), stop):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _BrokenOff(Exception):  # noqa: N818 - it is no error
@@ -159,23 +155,19 @@ class Loop(Generic[P]):
             Stopped: SIGTERM or SIGUSR1 came; the state is saved.
             ModelError: the loss stayed not finite.
         """
-        previous = {number: signal.signal(number, self._request_stop) for number in SIGNALS}
         first_step = self.progress.step + 1
-        try:
-            with (
-                Curves(self.folder, self.task.name, first_step, writes=self.world.is_main) as curves,
-                self._bar() as bar,
-                making_ready(self.task, self._remaining(), self.world) as steps,
-            ):
-                self.clock = time.monotonic()
-                if self.progress.unvalidated:
-                    self._validate(curves)
-                while not self._is_over() and self._one_step(next(steps), curves, bar):
-                    pass
-                self._load_best(curves)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with (
+            on_signals(SIGNALS, self._request_stop),
+            Curves(self.folder, self.task.name, first_step, writes=self.world.is_main) as curves,
+            self._bar() as bar,
+            making_ready(self.task, self._remaining(), self.world) as steps,
+        ):
+            self.clock = time.monotonic()
+            if self.progress.unvalidated:
+                self._validate(curves)
+            while not self._is_over() and self._one_step(next(steps), curves, bar):
+                pass
+            self._load_best(curves)
         return self.progress
 
     def _bar(self) -> tqdm[Any]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import faulty
@@ -23,7 +24,6 @@ from speechllm.errors import EXIT_USER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from faulty import Trap
     from numpy.typing import NDArray
@@ -98,6 +98,13 @@ def flip_at(path: Path, place: int) -> None:
     blob[place] ^= 1
     path.write_bytes(blob)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started and that still run; none where it has ended itself."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+    return []
 
 
 # Corpora

@@ -21,7 +21,7 @@ import pytest
 import scenes
 import tiny
 from faulty import Ended, Trap
-from scenes import IDS, Disk, Limit, assert_refused, dump_arguments, start_dump
+from scenes import IDS, Disk, Limit, assert_refused, children, dump_arguments, start_dump
 
 from speechllm.config import load as configs
 
@@ -144,14 +144,6 @@ def test_21_killed_with_its_processes_at_work_none_of_them_stays(whole: Whole, t
     assert not (out / "feats.scp").exists()
     whole.goes_on_to_the_same(out)
     assert faulty.leftovers(out) == []
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process started."""
-    try:
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
-    except OSError:
-        return []
 
 
 def is_worker(pid: int) -> bool:

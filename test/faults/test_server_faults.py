@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 import tiny
+from scenes import children
 from untrained import make
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("serve", "decode")]
@@ -114,13 +115,6 @@ class Server:
     def left(self) -> int:
         """Return how many clients it has seen leave."""
         return self.log.read_bytes().count(b"code=client_gone")
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process has started and that still run; none where it has ended itself."""
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
-    return []
 
 
 def is_stopped(pid: int) -> bool:
