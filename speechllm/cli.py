@@ -12,7 +12,7 @@ import typer
 
 from speechllm import cli_model
 from speechllm.cli_model import ExpOption, OutOption, SetOption
-from speechllm.errors import EXIT_OURS, EXIT_USER, TOLD, ConfigError, Faults, fail, told
+from speechllm.errors import EXIT_OURS, EXIT_USER, ConfigError, Faults, exit_status, fail, told
 from speechllm.runtime import setup_logging, write_json
 
 app = typer.Typer(
@@ -334,6 +334,10 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Return the exit status of a command line; every fault is one line on stderr."""
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments or ["--help"], prog_name="speechllm", standalone_mode=False)
     except UsageError as error:
@@ -342,8 +346,6 @@ def run(arguments: list[str]) -> int:
         return fail(f"{f'speechllm {command}'.strip()}: {what.rstrip('.')}; see --help", EXIT_USER)
     except typer.Abort:
         return told(KeyboardInterrupt())
-    except TOLD as error:
-        return told(error)
     if status == TYPER_INTERRUPTED:
         return told(KeyboardInterrupt())
     started = status if isinstance(status, int) else 0  # of processes that a command started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,23 +59,56 @@ class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
     """The run was asked to stop and has saved its state; running it again goes on."""
 
 
-TOLD = (UserError, Faults, Stopped, KeyboardInterrupt, OSError)
-"""What ends a command with a line; all else is a fault of ours, with a traceback."""
+TOLD = (UserError, Faults, Stopped, KeyboardInterrupt, OSError, MemoryError, BrokenExecutor)
+"""What ends a command with a line, as a lack of memory does; all else is a fault of ours, with a traceback."""
+NO_MEMORY = (
+    "annot allocate memory",  # the system's words
+    "can't allocate memory",  # torch's on the host
+    "not enough memory",
+    "out of memory",  # and on a GPU
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN's
+    "can't start new thread",  # Python's: there is none for its stack
+)
+SHOWN = 150  # characters of what a library said
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Return the exit status of a script whose whole work is `work`; what ends it is told on stderr."""
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Return the exit status of a script whose whole work is `work`, that which it returned where it did.
+
+    What ends it is told on stderr.
+    """
     try:
-        work()
+        return work() or 0
     except TOLD as error:
         return told(error)
-    return 0
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return told(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is no more memory, on a GPU or on the host."""
+    named = isinstance(error, RuntimeError) and any(one in str(error) for one in NO_MEMORY)
+    return named or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def shown(error: BaseException) -> str:
+    """Return the beginning of what an error says, on one line."""
+    return " ".join(str(error).split())[:SHOWN] or type(error).__name__
 
 
 def told(error: BaseException) -> int:
-    """Tell on stderr what ended a command, one of `TOLD`, and return its exit status."""
+    """Tell on stderr what ended a command, one of `TOLD` or a lack of memory, and return its exit status."""
     if isinstance(error, Faults):
         return max(fail(str(fault), EXIT_USER) for fault in error.found)
+    if is_out_of_memory(error):
+        fix = "free some, or choose a smaller batch or model, and run again: what was there before still stands"
+        return fail(f"memory: there is no more ({shown(error)}); {fix}", EXIT_USER)
+    if isinstance(error, BrokenExecutor):
+        what = "a process of this command was killed, as the system does where memory is full"
+        return fail(f"memory: {what}; free some, or take a smaller --nj, and run again: what is whole stays", EXIT_USER)
     if isinstance(error, OSError):
         return _fail_of_system(error)
     if isinstance(error, UserError):

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "kaldiio", "jiwer", "speechllm")
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
-"""What torch says on the CPU, where it has no exception of its own for this; the last is oneDNN's."""
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -76,13 +74,6 @@ def computes_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX512-BF16 or AMX; torch has no public question for the first
     return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no more memory, on a GPU or on the host."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in NO_MEMORY)
 
 
 def derive_seed(*parts: object) -> int:

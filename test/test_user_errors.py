@@ -25,6 +25,8 @@ def test_line_breaks_inside_a_fault_become_blanks() -> None:
     assert str(DataError("a", "b\nc", "d\r\n e")) == "a: b c; d e"
 
 
+CANNOT = f"[Errno {errno.ENOMEM}] Cannot allocate memory"
+STANDS = "free some, or choose a smaller batch or model, and run again: what was there before still stands"
 ENDS = [
     (DataError("a", "b", "c"), 2, "error: a: b; c"),
     (Faults([DataError("a", "b", "c"), "d: e; f"]), 2, "error: a: b; c\nerror: d: e; f"),
@@ -35,6 +37,10 @@ ENDS = [
         2,
         "error: x: No space left on device; make room and run again: what was there before still stands",
     ),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, f"error: memory: there is no more ({CANNOT}); {STANDS}"),
+    (MemoryError(), 2, f"error: memory: there is no more (MemoryError); {STANDS}"),
+    (RuntimeError("CUDA out of memory.\n"), 2, f"error: memory: there is no more (CUDA out of memory.); {STANDS}"),
+    (RuntimeError("std::bad_alloc"), 2, f"error: memory: there is no more (std::bad_alloc); {STANDS}"),
     (OSError(errno.EIO, "Input/output error", "x"), 1, "error: x: Input/output error; mend it and run again"),
     (Stopped("at step 3"), 75, "stopped: at step 3"),
     (KeyboardInterrupt(), 75, "stopped: by the keyboard"),
@@ -50,6 +56,18 @@ def test_a_script_ends_as_the_command_line_does(
 
     assert exit_status(work) == status
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_fault_of_ours_is_no_line() -> None:
+    def work() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        exit_status(work)
+
+
+def test_a_script_may_have_a_status_of_its_own() -> None:
+    assert exit_status(lambda: 3) == 3
 
 
 def test_a_script_that_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from speechllm.decode.draft import LOOK, resume
 from speechllm.decode.search import Candidate, Search
-from speechllm.errors import ModelError
+from speechllm.errors import ModelError, is_out_of_memory
 from speechllm.model.slots import Slots
 from speechllm.model.splice import on
-from speechllm.runtime import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

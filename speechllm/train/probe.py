@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from speechllm.errors import ConfigError
-from speechllm.runtime import is_out_of_memory
+from speechllm.errors import ConfigError, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     from speechllm.train.tasks import SpeechTask
 
 log = logging.getLogger(__name__)
+
+ADVISED = 0.9
+"""Part of what fits that is advised: what is free lies in pieces, and batches read ahead take some too."""
 
 
 def check_memory(task: SpeechTask, world: World) -> None:
@@ -35,7 +37,8 @@ def check_memory(task: SpeechTask, world: World) -> None:
     what = (
         f"is {task.config.train.batch_tokens}, and a batch of {task.positions(batch)} positions does not fit the memory"
     )
-    fix = f"set it to {task.positions(batch[:fitting])}, which does" if fitting else "lower it"
+    advised = batch[: max(1, int(ADVISED * fitting))] if fitting else ()
+    fix = f"set it to {task.positions(advised)}, which does" if advised else "lower it"
     raise ConfigError("train.batch_tokens", what, f"{fix}, or train.checkpointing to true, or take a larger card")
 
 

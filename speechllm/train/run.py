@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speechllm.config import load as configs
 from speechllm.config.schema import CtcProjector
-from speechllm.errors import ConfigError, DataError, Stopped
+from speechllm.errors import ConfigError, DataError, Stopped, is_out_of_memory, shown
 from speechllm.folders import only_writer
 from speechllm.model import hub
 from speechllm.model.assemble import (
@@ -65,6 +65,7 @@ CTC_DECAY = 0.01
 CTC_CLIP = 5.0
 HEAD = "ctc"  # folder of the head's own training
 RECORD = "train.json"
+FREE = ("decode.", "heads.", "device", "train.checkpointing")  # settings that may change meanwhile: the bits stay
 MINUTES = "minutes"  # of the CTC head's training; written when it is done
 
 
@@ -108,19 +109,29 @@ def _train(config: Config, opened: Opened, exp: Path, tools: tuple[Decode, Measu
     task = SpeechTask(features, model, lambda ids: decode(model, features, ids), measure)
     log.info("train utts=%d batches=%d", len(opened.train.examples), len(task.batches(0)))
     loop = Loop(task, _loop_options(config), exp, world)
-    try:
-        check_memory(task, world)
-        progress = loop.run()
-    except torch.OutOfMemoryError as error:
-        what = f"{' '.join(str(error).split())[:120]} (step {loop.progress.step + 1})"
-        raise ConfigError(
-            "memory", what, "free the card and run again: it goes on from the last saved state"
-        ) from error
+    check_memory(task, world)
+    progress = _run_in_memory(loop, "" if config.train.checkpointing else " or set train.checkpointing to true")
     if world.is_main:
         (exp / "model").mkdir(exist_ok=True)
         _write_provenance(model, exp, progress, opened, world)
         save_model(exp / "model", model, config, origin)
     loop.clean()
+
+
+def _run_in_memory(loop: Loop[Any], less: str = "") -> Progress:
+    """Run a loop to its end; `less` says what would take less memory.
+
+    Raises:
+        ConfigError: there is no more memory in a step or in validation.
+    """
+    try:
+        return loop.run()
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        what = f"there is no more in step {loop.progress.step + 1} of {loop.task.name} ({shown(error)})"
+        fix = f"free some{less}, and run again: it goes on from the last saved state"
+        raise ConfigError("memory", what, fix) from error
 
 
 def _model(config: Config, origin: Origin, opened: Opened, world: World) -> SpeechLlm:
@@ -217,7 +228,7 @@ def _refuse_other_run(config: Config, record: Mapping[str, object], exp: Path) -
     fix = "choose another --exp, or remove this folder to start over"
     if (exp / CONFIG_FILE).is_file():
         changed = configs.differences(configs.load(exp / CONFIG_FILE), config)
-        changed = [line for line in changed if not line.startswith(("decode.", "heads.", "device"))]
+        changed = [line for line in changed if not line.startswith(FREE)]
         if changed:
             raise ConfigError(exp, f"was started with another configuration ({', '.join(changed)})", fix)
     if (exp / RECORD).is_file():
@@ -272,7 +283,7 @@ def _train_head(features: Features, projector: CtcBridge, folder: Path, measure:
         save_every=per_epoch,
     )
     loop = Loop(task, options, folder, world)
-    progress = loop.run()
+    progress = _run_in_memory(loop)
     if world.is_main:
         write_text(folder / MINUTES, f"{progress.seconds / 60:.2f}\n")
     loop.clean()

@@ -206,9 +206,11 @@ class Setting:
         paths = {"--conf": self.conf, "--train": self.train, "--valid": self.valid, "--exp": exp}
         return ["train", *(str(part) for pair in paths.items() for part in pair), *options]
 
-    def start(self, exp: Path, *options: str, trap: Trap | None = None, log: Path | None = None) -> Running:
+    def start(
+        self, exp: Path, *options: str, trap: Trap | None = None, log: Path | None = None, work: Child = child
+    ) -> Running:
         """Return a training that has begun; its output goes to `log`, beside `exp` unless named."""
-        return start(self.arguments(exp, *options), log or exp.parent / f"{exp.name}.log", trap)
+        return start(self.arguments(exp, *options), log or exp.parent / f"{exp.name}.log", trap, work)
 
     def run(self, exp: Path, *options: str, trap: Trap | None = None, log: Path | None = None) -> Ended:
         """Return how a training ended."""

@@ -5,7 +5,9 @@ The cases are numbered as in docs/reliability.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -123,24 +125,47 @@ sys.exit(cli.run(sys.argv[1:]))
 """
 
 
-def test_21_killed_with_its_processes_at_work_none_of_them_stays(whole: Whole, tmp_path: Path) -> None:
-    """The real command with its real pool: what the processes wrote counts only where it is whole."""
-    out = tmp_path / "out"
+@contextlib.contextmanager
+def at_work(whole: Whole, out: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """Yield the real command, held with its real pool at work, and the processes of that."""
     command = [sys.executable, "-c", SMALL_SHARDS, *dump_arguments(whole.conf, whole.data, out, "--nj", "2")]
     deadline = time.monotonic() + scenes.TIME_LIMIT_S
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as running:
-        while not (at_work := list(out.glob(".tmp.*")) + list(out.glob("*.ark"))) and running.poll() is None:
+    with log.open("wb") as stream, subprocess.Popen(command, stderr=stream, stdout=stream) as running:
+        while not (begun := list(out.glob(".tmp.*")) + list(out.glob("*.ark"))) and running.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+        assert begun
         running.send_signal(signal.SIGSTOP)
         workers = [pid for pid in children(running.pid) if is_worker(pid)]
-        running.kill()
-    assert at_work
-    assert running.returncode == -signal.SIGKILL
-    assert workers
+        assert workers
+        yield running, workers
     while any(is_worker(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_21_killed_with_its_processes_at_work_none_of_them_stays(whole: Whole, tmp_path: Path) -> None:
+    """What the processes wrote counts only where it is whole."""
+    out = tmp_path / "out"
+    with at_work(whole, out, tmp_path / "log") as (running, _workers):
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    assert not (out / "feats.scp").exists()
+    whole.goes_on_to_the_same(out)
+    assert faulty.leftovers(out) == []
+
+
+def test_21_where_one_of_its_processes_is_killed_the_command_tells_it_and_ends(whole: Whole, tmp_path: Path) -> None:
+    """As the system does where memory is full."""
+    out = tmp_path / "out"
+    with at_work(whole, out, tmp_path / "log") as (running, workers):
+        os.kill(workers[0], signal.SIGKILL)
+        running.send_signal(signal.SIGCONT)
+        running.wait(scenes.TIME_LIMIT_S)
+    ended = Ended(running.returncode, (tmp_path / "log").read_text(encoding="utf-8"))
+    what = "a process of this command was killed, as the system does where memory is full"
+    fix = "free some, or take a smaller --nj, and run again: what is whole stays"
+    assert_refused(ended, re.escape(f"error: memory: {what}; {fix}"))
     assert not (out / "feats.scp").exists()
     whole.goes_on_to_the_same(out)
     assert faulty.leftovers(out) == []

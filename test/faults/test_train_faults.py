@@ -1,4 +1,4 @@
-"""What befalls a training from outside: damaged states, a full disk, changed inputs, no memory, numbers that are none.
+"""What befalls a training from outside: damaged states, a full disk, changed inputs, numbers that are none.
 
 Each fault is real and met through the command line. What is asserted: the exit status, the line that a user reads,
 what is left on disk, and that the same command then ends in the bits of a run that nothing disturbed.
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 from dataclasses import dataclass, replace
@@ -21,10 +20,9 @@ import faulty
 import numpy as np
 import pytest
 import tiny
-from faulty import Running, Setting, Trap
+from faulty import Setting, Trap
 from safetensors.torch import load_file, save_file
 from scenes import Disk, Limit, assert_refused, flip, mounted, snapshot
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from speechllm.config import load as configs
 from speechllm.data import kaldi
@@ -263,46 +261,6 @@ def test_a_second_training_in_one_folder_is_refused_and_the_first_goes_on(plain:
     first.strike(signal.SIGCONT)
     assert first.wait().status == 0
     faulty.assert_same(exp, plain.exp, "first")
-
-
-# No memory
-
-
-def test_34_a_batch_that_does_not_fit_is_told_before_the_first_step_and_with_it_one_that_does(tmp_path: Path) -> None:
-    """The language model is wide inside, so that a position takes half a megabyte; its weights are loaded before."""
-    lengths = {f"u{number}": 8_000 for number in range(60)}
-    setting = faulty.make(tmp_path, lengths, **{**FIELDS, "train": {**TRAIN, "epochs": 1, "batch_tokens": 10_000}})
-    wide = {**tiny.LM_SIZES, "num_key_value_heads": 1, "intermediate_size": 20_000}
-    tiny._save_lm(LlamaForCausalLM, LlamaConfig, wide, setting.folder / "lm")
-    exp = tmp_path / "exp"
-    ended = with_little_memory(400, setting, exp)
-    what = r"is 10000, and a batch of \d+ positions does not fit the memory"
-    fix = r"set it to (\d+), which does, or train\.checkpointing to true, or take a larger card"
-    assert_refused(ended, rf"error: train\.batch_tokens: {what}; {fix}")
-    fitting = re.search(r"set it to (\d+)", ended.errors[0])
-    assert fitting
-    assert 0 < int(fitting[1]) < 10_000
-    assert not (exp / "metrics.jsonl").exists()
-    # nothing was trained so far; half as much again, as what is free lies in pieces
-    done = with_little_memory(600, setting, exp, "--set", f"train.batch_tokens={fitting[1]}")
-    assert done.status == 0, done.output
-
-
-def with_little_memory(mib: int, setting: Setting, exp: Path, *options: str) -> faulty.Ended:
-    """Return how a training ended that had so much memory for its steps, its model being loaded."""
-    running = setting.start(exp, *options, trap=Trap(signal.SIGSTOP, call=r"speechllm/train/trainer\.py:__init__"))
-    running.wait_until_held()
-    limit_memory(running, mib << 20)
-    running.strike(signal.SIGCONT)
-    return running.wait()
-
-
-def limit_memory(running: Running, more: int) -> None:
-    """Let a process take so many bytes more than it has."""
-    assert running.process.pid
-    pages = int(Path(f"/proc/{running.process.pid}/statm").read_text(encoding="utf-8").split()[0])
-    bound = pages * resource.getpagesize() + more
-    resource.prlimit(running.process.pid, resource.RLIMIT_AS, (bound, bound))
 
 
 # A folder that cannot be written
