@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 UTTS_PER_SHARD = 256
 MAX_WORKERS = 256
+THREADS = 1  # of torch in each process: sums depend on their number in the last bits, features may not on what is left
 SHARDS_TOGETHER = 8  # that a process with a GPU makes in one go, so that the GPU has its next batch at any time
 MARK = "dump.json"
 PARTS = ".parts"
@@ -84,7 +85,6 @@ class Shard:
     fingerprint: str
     encoder: EncoderConfig
     device: str
-    threads: int = 1
     dropped: Mapping[str, str] = field(default_factory=dict)
     """Utterances that are left out, each with the reason."""
 
@@ -265,12 +265,8 @@ def _write_all(shards: Sequence[Shard], workers: int) -> None:
         return
     on_gpu = pick_device(shards[0].device).type == "cuda"
     workers = max(1, min(workers, len(shards), _gpus(shards[0].device) if on_gpu else MAX_WORKERS))
-    threads = max(1, (os.cpu_count() or 1) // workers)
     together = min(SHARDS_TOGETHER, math.ceil(len(shards) / workers)) if on_gpu else 1
-    jobs = [
-        [replace(shard, threads=threads) for shard in shards[at : at + together]]
-        for at in range(0, len(shards), together)
-    ]
+    jobs = [shards[at : at + together] for at in range(0, len(shards), together)]
     total = sum(len(shard.utterances) for shard in shards)
     with (
         worker_pool(workers) as pool,
@@ -325,7 +321,7 @@ def _encode_shards(shards: Sequence[Shard]) -> None:
     from speechllm.model.stream import BATCH_SECONDS, PADDED_S, like_lengths, stream
 
     first = shards[0]
-    torch.set_num_threads(first.threads)
+    torch.set_num_threads(THREADS)
     device = _own_device(first.device)
     encoder = _encoder_of(first)
     dtype = torch.float16 if first.encoder.stored == "float16" else torch.float32

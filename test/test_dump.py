@@ -68,7 +68,6 @@ def in_this_process(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.HerePool.sizes.clear()
     monkeypatch.setattr(dumping, "UTTS_PER_SHARD", 2)
     monkeypatch.setattr(dumping, "BEGIN_WAIT_S", 0.2)
-    monkeypatch.setattr("speechllm.dump.os.cpu_count", lambda: 1)
     monkeypatch.setattr("speechllm.dump.worker_pool", tiny.HerePool)
 
 

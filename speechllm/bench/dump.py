@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import tempfile
 import warnings
 from concurrent.futures import Executor, Future
@@ -205,7 +204,7 @@ def hf_loop(encoder_folder: Path, data: Path, out: Path) -> int:
     """
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(stage2.THREADS)
     extractor, model = _loaded(encoder_folder)
     is_whisper = model.config.model_type == "whisper"
     encoder: Any = model.get_encoder() if is_whisper else model
