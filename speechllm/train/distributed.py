@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+GONE = ("by peer", "remote worker", "remote process exited")
 PATIENCE = timedelta(hours=4)  # the others wait while the first validates
 
 
@@ -116,6 +117,11 @@ def join() -> World:
     if not dist.is_initialized():
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
     return World(rank, size)
+
+
+def is_bereft(error: RuntimeError) -> bool:
+    """Return whether an error comes of another process that is gone; gloo and NCCL have no exception of their own."""
+    return any(one in str(error) for one in GONE)
 
 
 def leave() -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from speechllm.errors import EXIT_OURS
+from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, fail
 from speechllm.runtime import on_signals
 
 if TYPE_CHECKING:
@@ -33,18 +33,23 @@ def launch(arguments: Sequence[str], count: int, logs: Path) -> int:
     """Run ``speechllm ARGUMENTS`` in `count` processes and return the exit status of the run.
 
     The first writes to our stderr, the others to ``rank<N>.log`` in `logs`. A signal goes to all. Where one fails, the
-    others are ended, and its status is that of the run.
+    others are ended, its status is that of the run, and its last line is told where it is not the first.
     """
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank in range(count):
-            errors = None if rank == 0 else stack.enter_context((logs / f"rank{rank}.log").open("wb"))
+            errors = None if rank == 0 else stack.enter_context(_log(logs, rank).open("wb"))
             command = [sys.executable, "-m", "speechllm", *arguments]
             ranks.append(subprocess.Popen(command, env=_environment(rank, count, port), stderr=errors, stdout=errors))
         with _forwarding(ranks):
-            return _wait(ranks)
+            rank, status = _wait(ranks)
+    return _told(rank, status, logs, first=ranks[0].returncode)
+
+
+def _log(logs: Path, rank: int) -> Path:
+    return logs / f"rank{rank}.log"
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -71,17 +76,41 @@ def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         yield
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the status of the first process that failed, 0 where none did; none is left running."""
-    failed = 0
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """Return which process failed first and how, or (0, 0) where none did; none is left running.
+
+    Where several have, that whose status says most: the others may have failed for want of it.
+    """
+    failed = (0, 0)
     deadline = float("inf")
-    while any(process.poll() is None for process in ranks):
-        time.sleep(POLL_S)
-        ended = [process.returncode for process in ranks if process.returncode]
-        if ended and not failed:
-            failed, deadline = ended[0], time.monotonic() + GRACE_S
+    while True:
+        running = any(process.poll() is None for process in ranks)
+        ended = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode]
+        if ended and not failed[1]:
+            failed = min(ended, key=lambda one: one[1] == EXIT_OURS)
+            deadline = time.monotonic() + GRACE_S
+        if not running:
+            return failed
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
-    failed = failed or next((process.returncode for process in ranks if process.returncode), 0)
-    return failed if failed >= 0 else EXIT_OURS
+        time.sleep(POLL_S)
+
+
+def _told(rank: int, status: int, logs: Path, first: int) -> int:
+    """Return the status of the run; what ended it is told where neither the process nor the first (`first`) could."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        if status != -signal.SIGKILL:
+            return fail(
+                f"{logs}: process {rank} of this run died of {name}; report it, and run again to go on", EXIT_OURS
+            )
+        what = f"process {rank} of this run was killed, as the system does where memory is full"
+        return fail(f"memory: {what}; free some, and run again: it goes on from the last saved state", EXIT_USER)
+    if rank and status != EXIT_STOPPED and first not in {EXIT_USER, EXIT_STOPPED}:
+        lines = _log(logs, rank).read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+        said = lines[-1].removeprefix("error: ") if lines else "said nothing"
+        return fail(
+            said if status == EXIT_USER else f"{_log(logs, rank)}: {said}; see there, and run again to go on", status
+        )
+    return status

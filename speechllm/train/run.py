@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def train(config: Config, train_dir: Path, valid_dir: Path, exp: Path, decode: D
     Raises:
         UserError: configuration, data or base models are at fault, or `exp` belongs to another run.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
+        ConnectionAbortedError: another process of the run is gone.
     """
     with stopped_by_signals():
         _run(config, (train_dir, valid_dir), exp, (decode, measure))
@@ -92,6 +94,11 @@ def _run(config: Config, data: tuple[Path, Path], exp: Path, tools: tuple[Decode
                 log.info("train done already exp=%s", exp)
                 return
             _train(config, opened, exp, tools, world)
+    except RuntimeError as error:
+        if world.size == 1 or not distributed.is_bereft(error):
+            raise
+        what = "another process of this run has ended"
+        raise ConnectionAbortedError(errno.ECONNABORTED, what, str(exp)) from error
     finally:
         distributed.leave()
 

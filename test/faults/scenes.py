@@ -100,6 +100,10 @@ def flip_at(path: Path, place: int) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started and that still run; none where it has ended itself."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):

@@ -7,9 +7,13 @@ that a position takes half a megabyte of it and little else matters.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +28,7 @@ from test_train_faults import FIELDS, TRAIN, Whole, run_whole
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from speechllm.config import load as configs
+from speechllm.errors import EXIT_USER
 
 if TYPE_CHECKING:
     from faulty import Ended, Running
@@ -33,6 +38,10 @@ M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 LOADED = Trap(signal.SIGSTOP, call=r"speechllm/train/trainer\.py:__init__")
 STEP_4 = Trap(signal.SIGSTOP, file=r"/checkpoints/\.step_0000004")
 STANDS = "free some, or choose a smaller batch or model, and run again: what was there before still stands"
+LATER = (
+    r"there is no more in step \d+ of speech \(.+\); "
+    "free some or set train.checkpointing to true, and run again: it goes on from the last saved state"
+)
 
 
 def giving_back(arguments: list[str], log: Path, trap: Trap | None) -> None:
@@ -54,13 +63,16 @@ def give_back() -> None:
 def with_memory(mib: int, running: Running) -> Ended:
     """Return how a process ended that may take so much more than it has at the moment at which it is held."""
     running.wait_until_held()
-    pid = running.process.pid
-    assert pid
+    assert running.process.pid
+    limit(running.process.pid, mib)
+    running.strike(signal.SIGCONT)
+    return running.wait()
+
+
+def limit(pid: int, mib: int) -> None:
     pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[0])
     bound = pages * resource.getpagesize() + mib * MIB
     resource.prlimit(pid, resource.RLIMIT_AS, (bound, bound))
-    running.strike(signal.SIGCONT)
-    return running.wait()
 
 
 def wide(folder: Path, utterances: int, **train: object) -> Setting:
@@ -98,9 +110,7 @@ def test_34_memory_that_is_gone_in_a_later_step_is_told_and_costs_nothing(
 ) -> None:
     exp = tmp_path / "exp"
     ended = with_memory(60, whole.setting.start(exp, trap=STEP_4, work=giving_back))
-    what = r"there is no more in step \d of speech \(.+\)"
-    fix = "free some or set train.checkpointing to true, and run again: it goes on from the last saved state"
-    assert_refused(ended, rf"error: memory: {what}; {re.escape(fix)}")
+    assert_refused(ended, rf"error: memory: {LATER}")
     assert [state.name for state in faulty.states(exp)] == ["step_0000002", "step_0000004"]
     for state in faulty.states(exp):
         faulty.assert_whole(state)
@@ -110,6 +120,26 @@ def test_34_memory_that_is_gone_in_a_later_step_is_told_and_costs_nothing(
     assert "speech resumed step=4 of=6" in done.output
     names = [name for name in faulty.contents(whole.exp) if not (change and name.endswith("config.yaml"))]
     faulty.assert_same(exp, whole.exp, exp.name, names)
+
+
+def test_34_memory_that_only_the_second_of_two_processes_lacks_is_told_too(tmp_path: Path) -> None:
+    setting, exp = wide(tmp_path, 60, epochs=4, batch_tokens=400, accumulate=2), tmp_path / "exp"
+    command = [sys.executable, "-m", "speechllm", *setting.arguments(exp, "--ngpu", "2")]
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
+    deadline = time.monotonic() + faulty.TIME_LIMIT_S
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **malloc}) as process:
+        while not scenes.is_filled(exp / "metrics.jsonl") and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        limit(scenes.children(process.pid)[1], 30)
+        _, stderr = process.communicate(timeout=faulty.TIME_LIMIT_S)
+    ended = faulty.Ended(process.returncode, stderr)
+    assert ended.status == EXIT_USER, stderr
+    gone, told = ended.errors
+    assert gone == f"error: {exp}: another process of this run has ended; mend it and run again"
+    assert re.fullmatch(rf"error: memory: {LATER}", told)
+    done = setting.run(exp)
+    assert done.status == 0, done.output
 
 
 def test_34_sounds_too_long_for_the_encoder_are_told_and_what_was_made_stays(tmp_path: Path) -> None:

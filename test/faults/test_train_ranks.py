@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file
+from scenes import children, is_filled
 
 from speechllm.config import load as configs
 
@@ -95,7 +96,7 @@ def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None
     metrics = alone.folder / "both/metrics.jsonl"
     with subprocess.Popen(alone.command("both", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + TIME_LIMIT_S
-        while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+        while not is_filled(metrics) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
@@ -104,6 +105,24 @@ def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None
     assert not (alone.folder / "both/model").exists()
     assert alone.train("both").returncode == 0
     assert_same(alone, "both")
+
+
+def test_27_a_run_of_two_one_of_which_is_killed_tells_it_and_goes_on_to_the_same(alone: Setting) -> None:
+    metrics = alone.folder / "bereft/metrics.jsonl"
+    with subprocess.Popen(alone.command("bereft", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while not is_filled(metrics) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        _, stderr = process.communicate(timeout=TIME_LIMIT_S)
+    assert process.returncode == 2, stderr
+    what = "process 1 of this run was killed, as the system does where memory is full"
+    line = f"error: memory: {what}; free some, and run again: it goes on from the last saved state"
+    gone = f"error: {alone.folder}/bereft: another process of this run has ended; mend it and run again"
+    assert [one for one in stderr.splitlines() if " INFO " not in one] == [gone, line]
+    assert alone.train("bereft", "--ngpu", "2").returncode == 0
+    assert_same(alone, "bereft")
 
 
 def test_two_processes_that_share_the_language_models_weights_end_in_the_bits_of_one(alone: Setting) -> None:
