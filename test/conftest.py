@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # no test may reach the network, nor depend on a user's own models
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SPEECHLLM_MODELS", None)
+
+
+SLOW_FOLDERS = {"recipe", "faults", "bench"}  # whole commands, struck, killed, measured
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the plain unit run leaves out."""
+    for item in items:
+        if SLOW_FOLDERS & set(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

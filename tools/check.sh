@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The one gate: format, lint, types, shell, tests. Options go to pytest, such as -m "not recipe".
+# The one gate: format, lint, types, shell, tests. Options go to pytest, such as -k dump; --unit in the first place
+# leaves out the tests of whole commands, recipes and faults.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -9,4 +10,8 @@ ruff format --check --quiet .
 ruff check --quiet .
 mypy speechllm egs/jsut/asr1/local tools test egs/TEMPLATE/asr1/skeleton/from_utterances.py
 shellcheck "${scripts[@]}"
+if [[ ${1:-} == --unit ]]; then
+  shift
+  set -- -m "not slow" "$@"
+fi
 pytest --numprocesses 2 --dist loadfile "$@"

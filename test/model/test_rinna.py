@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 16
 LENGTHS = {"u1": 16_000, "u2": 9_000, "u3": 12_345, "u4": 16_000}
 OLD_NAMES = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}

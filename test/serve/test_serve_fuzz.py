@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import httpx
 
+pytestmark = pytest.mark.slow
+
 MOST_KIB = 300 << 10  # hypothesis, which keeps all that it has tried, is in the same process
 REFUSED = {400, 404, 413, 415, 422}
 SOUND = wav(numbered(3))

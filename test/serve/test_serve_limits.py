@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from speechllm.serve.decoding import Unpacker
     from speechllm.serve.queue import Ticket
 
+pytestmark = pytest.mark.slow
+
 BOUNDARY = "xxboundaryxx"
 HEAD = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'.encode()
 TAIL = f"\r\n--{BOUNDARY}--\r\n".encode()

@@ -27,6 +27,8 @@ from speechllm.serve.service import longform_walk
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 RATES_HZ = (48_000, 24_000, 16_000)
 
 

@@ -27,6 +27,8 @@ from speechllm.model.state import load_tensors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ENCODERS = ("wavlm", "hubert", "hubert-large", "wav2vec2", "whisper", "w2v-bert")
 SAMPLES = {"a": 6_400, "b": 9_100, "c": 4_001}

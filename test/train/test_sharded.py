@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from speechllm.model.speechllm import SpeechLlm
 
+pytestmark = pytest.mark.slow
+
 TIME_LIMIT_S = 300
 SIZE = 2
 FRAMES = (40, 7, 61, 23, 12)  # of each utterance; the tiny sliding windows are of 8 positions
