@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Never, cast
 
 import typer
 
 from speechllm import cli_model
 from speechllm.cli_model import ExpOption, OutOption, SetOption
-from speechllm.errors import EXIT_OURS, EXIT_USER, ConfigError, Faults, exit_status, fail, told
-from speechllm.runtime import setup_logging, write_json
+from speechllm.errors import EXIT_OURS, EXIT_USER, ConfigError, Faults, Stopped, exit_status, fail, told
+from speechllm.runtime import on_signals, setup_logging, write_json
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 app = typer.Typer(
     name="speechllm",
@@ -26,6 +32,7 @@ app = typer.Typer(
 # typer keeps its base class of wrong arguments private, and its public BadParameter is one of them
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 MAX_PARTS = 1000
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PART = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 TYPER_INTERRUPTED = 130  # what typer makes of KeyboardInterrupt before we can see it
 
@@ -327,14 +334,35 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 def main() -> None:
     """Run the command line and exit with the status that other programs rely on."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed; else the next file opened would take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 - it stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
-    sys.exit(run(sys.argv[1:]))
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # a path need not be UTF-8
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # it ends already
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
-    """Return the exit status of a command line; every fault is one line on stderr."""
-    return exit_status(lambda: _run(arguments))
+    """Return the exit status of a command line; every fault is one line on stderr, and so is a stop."""
+
+    def work() -> int:
+        if threading.current_thread() is not threading.main_thread():
+            return _run(arguments)
+        with on_signals(STOPS[1:], _stop):
+            return _run(arguments)
+
+    return exit_status(work)
+
+
+def _stop(number: int, _frame: FrameType | None) -> Never:
+    raise Stopped(f"by {signal.Signals(number).name}; run the same command again")
 
 
 def _run(arguments: list[str]) -> int:
@@ -346,6 +374,8 @@ def _run(arguments: list[str]) -> int:
         return fail(f"{f'speechllm {command}'.strip()}: {what.rstrip('.')}; see --help", EXIT_USER)
     except typer.Abort:
         return told(KeyboardInterrupt())
+    except SystemExit:
+        return 0  # typer's way to end where nobody reads what is printed any more, as in `| head -1`
     if status == TYPER_INTERRUPTED:
         return told(KeyboardInterrupt())
     started = status if isinstance(status, int) else 0  # of processes that a command started

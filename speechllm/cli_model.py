@@ -71,7 +71,7 @@ def transcribe(
 
     output = work.Output(form, out)
     with work.found(files) as recordings:
-        output.check(len(recordings))
+        output.check(recordings)
         options = work.read_options(hotwords, beam)
         faults = work.transcribe(work.load(model, device), recordings, output, options)
     if faults:

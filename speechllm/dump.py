@@ -242,7 +242,7 @@ def _is_whole(shard: Shard) -> bool:
         made = archive.places(scp).keys()
         if mark.get("fingerprint") != shard.fingerprint or made != shard.keys - shard.left_out().keys():
             return False
-        if mark.get("seen") == _seen(shard.ark):
+        if mark.get("seen") == _seen(shard.ark) and isinstance(mark.get("crc32"), dict):
             return True
         if mark.get("sha256") != sha256(shard.ark):
             return False

@@ -56,12 +56,19 @@ def merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard], dropped: Mapp
             table |= {key: str(value) for key, value in values.items()}
     assert places.keys() == data.utterances.keys() - dropped.keys()
     _copy_tables(data, out, dropped)
-    if new or not (out / "utt2dur").is_file():
+    if new or not _names(out / "utt2dur", places):
         durations = {key: f"{data.utterances[key].duration_s():.4f}" for key in places}
         kaldi.write_table(out / "utt2dur", durations)
     _put_table(out / "utt2num_frames", frames)
     _put_table(out / "utt2crc", crcs)
     _put_table(out / "feats.scp", places)
+
+
+def _names(path: Path, utt_ids: Mapping[str, object]) -> bool:
+    """Return whether a table is there, and of these utterances."""
+    with contextlib.suppress(DataError):
+        return kaldi.read_table(path).keys() == utt_ids.keys()
+    return False
 
 
 def _put_table(path: Path, table: Mapping[str, str]) -> None:

@@ -70,6 +70,17 @@ NO_MEMORY = (
     "could not create a primitive",  # oneDNN's
     "can't start new thread",  # Python's: there is none for its stack
 )
+MEND, ROOM = "mend it and run again", "make room and run again: what was there before still stands"
+DISK, FILES = "look after the disk and run again", "raise ulimit -n and run again"
+SYSTEM_FIXES = {
+    **dict.fromkeys([errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EISDIR], MEND),
+    **dict.fromkeys([errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP], MEND),
+    **dict.fromkeys([errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ROOM),
+    **dict.fromkeys([errno.EIO, errno.ESTALE, errno.ETIMEDOUT], DISK),
+    **dict.fromkeys([errno.EMFILE, errno.ENFILE], FILES),
+    errno.EEXIST: "name another, or move it away",
+}
+"""What mends an error of the system that is no fault of ours."""
 SHOWN = 150  # characters of what a library said
 
 
@@ -124,9 +135,6 @@ def fail(message: str, status: int) -> int:
 
 
 def _fail_of_system(error: OSError) -> int:
-    theirs = isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    theirs = theirs or error.errno in {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     where, what = error.filename or "system", error.strerror or str(error)
-    fix = "make room and run again: what was there before still stands" if full else "mend it and run again"
-    return fail(f"{where}: {what}; {fix}", EXIT_USER if theirs or full else EXIT_OURS)
+    fix = SYSTEM_FIXES.get(error.errno or 0)
+    return fail(f"{where}: {what}; {fix or 'mend it and run again'}", EXIT_OURS if fix is None else EXIT_USER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -11,12 +12,29 @@ from speechllm.errors import DataError
 from speechllm.runtime import read_json, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
 
 DECODE_RECORD = "decode.json"
 """In a folder of texts: what they were made from, by our decoder or by another system."""
+
+
+FOREIGN = {"wav.scp": "a data directory", "feats.scp": "features", "model.json": "a trained model"}
+"""What no other stage may write over, by the file that tells."""
+
+
+def check_own(out: Path, own: Collection[str] = ()) -> None:
+    """Refuse a folder of output that holds what another stage made; `own` are the files that are this stage's.
+
+    Raises:
+        DataError: it does.
+    """
+    for mark, what in FOREIGN.items():
+        if mark not in own and os.path.lexists(out / mark):
+            raise DataError(
+                out, f"holds {what} ({mark}), and would be written over", "name another folder for the output"
+            )
 
 
 @contextlib.contextmanager

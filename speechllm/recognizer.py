@@ -69,6 +69,9 @@ class SpeechLLM:
     ) -> list[Recognized]:
         """Return the text of each wave [s] at 16 kHz, the same whatever the others are.
 
+        Nothing is cut: a wave should be what the model heard in training, a single sentence for the mini model.
+        `transcribe` cuts recordings.
+
         A wave without speech has the empty text and the flag ``no_speech``. With `words` each word has its time, where
         the model holds a kana recogniser.
 

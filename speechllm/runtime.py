@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from speechllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import FrameType
+    from types import FrameType, TracebackType
 
     import torch
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "kaldiio", "jiwer", "speechllm")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -43,18 +45,27 @@ def setup_logging(*, verbose: bool = False) -> None:
     logging.getLogger("speechllm").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
+def without_telemetry() -> None:
+    """Keep onnxruntime, which pyopenjtalk and Kokoro import, from sending what it does and leaving files behind."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def pick_device(name: str) -> torch.device:
     """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ConfigError: CUDA was asked for by name and is not there; nothing falls back in silence.
+        ConfigError: it is none of these, or CUDA was asked for by name and is not there; nothing falls back in silence.
     """
     import torch
 
+    if not DEVICE.fullmatch(name):
+        raise ConfigError("device", f"{name} is none that we know", "take auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device", f"{name} was asked for, torch sees no CUDA", "set device: auto")
+    if (number := int(name.partition(":")[2] or 0)) and number >= (count := torch.cuda.device_count()):
+        raise ConfigError("device", f"{name} was asked for, torch sees {count}, from cuda:0", "take another")
     return torch.device(name)
 
 
@@ -120,8 +131,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def on_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Let signals call `handler` inside the block, and do afterwards what they did before."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    """Let signals call `handler` inside the block, and do afterwards what they did before.
+
+    SIGHUP stays ignored where it is: nohup asks for that.
+    """
+    heard = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -129,10 +144,28 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None]
             signal.signal(number, before or signal.SIG_DFL)  # None: one that Python did not set, nor can set again
 
 
+class _Pool(ProcessPoolExecutor):
+    """A pool whose processes are gone when an error or a stop leaves its block, whatever they were at."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """Kill what is at work if there is an error, and return when all have ended."""
+        started = list((self._processes or {}).values())
+        if error is not None:
+            self.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.kill()
+        left = super().__exit__(kind, error, trace)
+        for process in started:
+            process.join()
+        return left
+
+
 def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """Return a pool of fresh processes; one that is killed breaks the pool with an error instead of a hang."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(initializer, arguments))
+    return _Pool(workers, context, initializer=_start_worker, initargs=(initializer, arguments))
 
 
 def _start_worker(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
@@ -155,7 +188,8 @@ def _end_with_parent() -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 with bare line feeds, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # a path need not be UTF-8; what of it is not is escaped, as JSON reads it
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -171,7 +205,7 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(path, f"cannot be read as JSON ({error})", "make the folder again") from error
     if not isinstance(value, dict):
         raise ModelError(path, "does not hold a JSON object", "make the folder again")

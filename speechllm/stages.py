@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from speechllm.config import load as configs
 from speechllm.errors import ConfigError
+from speechllm.folders import check_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,10 +31,12 @@ class DumpOptions:
 
 def dump(conf: Path, data_dir: Path, out: Path, options: DumpOptions) -> int:
     """Stage 2: write frozen-encoder features, or a part of their shards; return the number of utterances."""
-    from speechllm.dump import Leeway
+    from speechllm.dump import MARK, Leeway
     from speechllm.dump import dump as run
 
     config = configs.load(conf)
+    is_dump = (out / MARK).is_file() and out.resolve() != data_dir.resolve()
+    check_own(out, ("wav.scp", "feats.scp") if is_dump else ())
     part = None if options.part is None else (options.part[0] - 1, options.part[1])
     leeway = Leeway(options.max_dropped, options.allow_pipes)
     return run(config.encoder, config.device, data_dir, out, options.workers, part, leeway=leeway)
@@ -43,6 +46,7 @@ def train(conf: Path, train_dir: Path, valid_dir: Path, exp: Path, overrides: tu
     """Stage 3: train projector and adapter, the dev CER measured as stages 4 and 5 would."""
     from speechllm.train.run import train as run
 
+    check_own(exp)
     run(configs.load(conf, overrides), train_dir, valid_dir, exp, _decode_valid, error_rate)
 
 
@@ -77,6 +81,7 @@ def decode(
     """Stage 4: write the texts of `data_dir`, or of a part of it; return the number of utterances decoded now."""
     from speechllm.decode.run import decode_dir
 
+    check_own(out)
     return decode_dir(exp / "model", data_dir, out, changes, part, hotwords=hotwords)
 
 
@@ -110,6 +115,7 @@ def baseline(name: str, data_dir: Path, out: Path, options: BaselineOptions) -> 
     """
     if name not in BASELINES:
         raise ConfigError(name, "no such baseline", f"choose one of {', '.join(BASELINES)}")
+    check_own(out)
     model = options.model or BASELINES[name]
     if name == "whisper":
         from speechllm.baselines import whisper

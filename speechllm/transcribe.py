@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Never
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 MAX_STDIN_BYTES = 4 << 30
 COPY_BYTES = 1 << 20
+BREAKING = ("Cc", "Cs", "Zl", "Zp", "Zs")  # controls, bytes that are no UTF-8, ends of lines, blanks
 # what a folder is searched for; a file that is named is tried whatever it is called
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".w64")
 CONTAINERS = (".m4a", ".mp4", ".webm", ".mkv", ".mov", ".aac", ".wma", ".amr", ".3gp")  # for ffmpeg
@@ -144,16 +146,26 @@ class Output:
     format: str = "txt"
     folder: Path | None = None
 
-    def check(self, count: int) -> None:
-        """Refuse a form that is not known, or in which `count` recordings cannot stand one after another.
+    def check(self, recordings: Sequence[Recording]) -> None:
+        """Refuse what would fail only after the recognition; make the folder.
 
         Raises:
-            ConfigError: as said.
+            ConfigError: a form that is not known, or in which `recordings` cannot stand one after another; a folder
+                that cannot be made or written.
+            DataError: a recording has a name that cannot stand in a line of text.
         """
         if self.format not in formats.FORMATS:
             raise ConfigError("--format", f"{self.format} is not known", f"take one of {', '.join(formats.FORMATS)}")
-        if self.folder is None and count > 1 and self.format in SUBTITLES:
-            raise ConfigError("--format", f"{self.format} of {count} recordings cannot be printed", "give --out DIR")
+        if self.folder is not None:
+            _make(self.folder)
+        elif len(recordings) > 1 and self.format in SUBTITLES:
+            what = f"{self.format} of {len(recordings)} recordings cannot be printed"
+            raise ConfigError("--format", what, "give --out DIR")
+        elif self.format == "txt" and not _is_alone(recordings):
+            for recording in recordings:
+                if any(unicodedata.category(char) in BREAKING for char in recording.name):
+                    what = f"its name {recording.name!r} holds a blank, a line break or another sign that breaks a line"
+                    raise DataError(recording.path, what, "rename it, or give --out or --format json")
 
     def emit(self, name: str, transcript: Transcript, *, is_alone: bool) -> None:
         """Write ``NAME.FORMAT``, or print; a recording that is not alone is one line, with its name.
@@ -163,15 +175,36 @@ class Output:
         if self.folder is not None:
             path = self.folder / f"{name}.{self.format}"
             write_text(path, formats.FORMATS[self.format](transcript))
-            shown = f"{path}\n"
+            shown = f"{_printable(str(path))}\n"
         elif is_alone or self.format in SUBTITLES:
             shown = formats.FORMATS[self.format](transcript)
         elif self.format == "json":
-            shown = json.dumps({"name": name, **formats.as_record(transcript)}, ensure_ascii=False) + "\n"
+            shown = json.dumps({"name": _printable(name), **formats.as_record(transcript)}, ensure_ascii=False) + "\n"
         else:
             shown = f"{name} {' '.join(transcript.text.split())}".rstrip() + "\n"
         sys.stdout.write(shown)
         sys.stdout.flush()
+
+
+def _printable(name: str) -> str:
+    """Return `name` as UTF-8 can say it: bytes that are none become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _is_alone(recordings: Sequence[Recording]) -> bool:
+    return len(recordings) == 1 and not recordings[0].is_listed
+
+
+def _make(folder: Path) -> None:
+    """Make the folder, and see that a file can be made in it."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError("--out", f"{folder} is a file", "name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError("--out", f"{folder} cannot be written ({error.strerror})", "name another folder") from error
 
 
 def transcribe(
@@ -193,8 +226,7 @@ def transcribe(
             except DataError as fault:
                 faults.append(fault)
                 continue
-            is_alone = len(recordings) == 1 and not recording.is_listed
-            output.emit(recording.name, transcript, is_alone=is_alone)
+            output.emit(recording.name, transcript, is_alone=_is_alone(recordings))
     return faults
 
 

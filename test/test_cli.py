@@ -200,7 +200,8 @@ def test_a_folder_that_is_no_encoder_leaves_nothing_behind(
         (Stopped("state saved at step 40"), EXIT_STOPPED, "stopped: state saved at step 40\n"),
         (KeyboardInterrupt(), EXIT_STOPPED, "stopped: by the keyboard\n"),
         (OSError(28, "No space left on device", "/o\na"), EXIT_USER, "error: /o a: No space left on device; make room"),
-        (OSError(5, "Input/output error", "/o"), EXIT_OURS, "error: /o: Input/output error; mend"),
+        (OSError(5, "Input/output error", "/o"), EXIT_USER, "error: /o: Input/output error; look after the disk"),
+        (OSError(104, "Connection reset by peer", "/o"), EXIT_OURS, "error: /o: Connection reset by peer; mend"),
     ],
 )
 def test_a_stop_and_a_broken_machine_have_their_own_status(

@@ -100,7 +100,7 @@ def test_a_digest_depends_on_where_one_text_ends() -> None:
 
 
 def _fake_torch(monkeypatch: pytest.MonkeyPatch, *, has_cuda: bool) -> None:
-    cuda = SimpleNamespace(is_available=lambda: has_cuda)
+    cuda = SimpleNamespace(is_available=lambda: has_cuda, device_count=lambda: 2)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, device=lambda name: f"<{name}>"))
 
 
@@ -120,6 +120,22 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_cpu(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError) as caught:
         runtime.pick_device("cuda")
     assert str(caught.value) == "device: cuda was asked for, torch sees no CUDA; set device: auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("cpuu", "cpuu is none that we know; take auto, cpu, cuda or cuda:N"),
+        ("cpu:3", "cpu:3 is none that we know; take auto, cpu, cuda or cuda:N"),
+        ("meta", "meta is none that we know; take auto, cpu, cuda or cuda:N"),
+        ("cuda:2", "cuda:2 was asked for, torch sees 2, from cuda:0; take another"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
+    _fake_torch(monkeypatch, has_cuda=True)
+    with pytest.raises(ConfigError) as caught:
+        runtime.pick_device(name)
+    assert str(caught.value) == f"device: {what}"
 
 
 def test_provenance_says_versions_and_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from speechllm import cli, transcribe
 from speechllm.data import streaming
 from speechllm.data.audio import write_wav
 from speechllm.decode.result import Recognized
-from speechllm.errors import ConfigError
+from speechllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,6 +163,48 @@ def test_what_cannot_be_done_is_said_before_anything_is(
     assert fault(tmp_path / "empty") == "error: /empty: holds no audio file and no wav.scp; name the files"
     assert fault(folder, "--hotwords", tmp_path / "none").startswith("error: /none: no such file")
     assert fault() == "error: speechllm transcribe: Missing argument 'files'; see --help"
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "sp ace", "全角\u3000空白", "tab\t", "esc\x1b[31m", os.fsdecode(b"\xff")]
+)
+def test_a_name_that_would_break_a_line_of_text_is_refused_before_anything_is_recognised(
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = (folder / "b.wav").rename(folder / f"{name}.wav")
+    shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    assert run(folder, "--format", "json") == 0
+    assert {json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()} == {"a", shown}
+    assert run(path) == 0  # alone, so its name is not printed
+    out = tmp_path / f"out {name}"
+    assert run(folder, "--out", out) == 0
+    assert (out / f"{name}.txt").is_file()
+    assert f"/out {shown}/{shown}.txt\n" in capsys.readouterr().out
+    monkeypatch.setattr(transcribe, "load", pytest.fail)
+    with pytest.raises(DataError) as caught, transcribe.found([folder]) as recordings:
+        transcribe.Output().check(recordings)
+    assert caught.value.what == f"its name {name!r} holds a blank, a line break or another sign that breaks a line"
+    assert caught.value.fix == "rename it, or give --out or --format json"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "long" * 99])
+def test_an_out_that_can_be_no_folder_is_told_before_anything_is_recognised(
+    folder: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transcribe, "load", pytest.fail)
+    (tmp_path / "file").write_text("kept")
+    assert run(folder, "--out", tmp_path / place) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --out: {tmp_path}/{place} ")
+    if place == "file":
+        assert said == f"error: --out: {tmp_path}/file is a file; name a folder\n"
+    else:
+        assert said.endswith("); name another folder\n")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_the_model_is_the_one_given_or_set_or_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

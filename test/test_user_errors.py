@@ -41,7 +41,18 @@ ENDS = [
     (MemoryError(), 2, f"error: memory: there is no more (MemoryError); {STANDS}"),
     (RuntimeError("CUDA out of memory.\n"), 2, f"error: memory: there is no more (CUDA out of memory.); {STANDS}"),
     (RuntimeError("std::bad_alloc"), 2, f"error: memory: there is no more (std::bad_alloc); {STANDS}"),
-    (OSError(errno.EIO, "Input/output error", "x"), 1, "error: x: Input/output error; mend it and run again"),
+    (
+        OSError(errno.EIO, "Input/output error", "x"),
+        2,
+        "error: x: Input/output error; look after the disk and run again",
+    ),
+    (FileExistsError(errno.EEXIST, "File exists", "x"), 2, "error: x: File exists; name another, or move it away"),
+    (
+        OSError(errno.EMFILE, "Too many open files", "x"),
+        2,
+        "error: x: Too many open files; raise ulimit -n and run again",
+    ),
+    (OSError(errno.ECONNRESET, "Connection reset", "x"), 1, "error: x: Connection reset; mend it and run again"),
     (Stopped("at step 3"), 75, "stopped: at step 3"),
     (KeyboardInterrupt(), 75, "stopped: by the keyboard"),
 ]

@@ -224,9 +224,9 @@ class DecodeConfig(Section):
     """Utterances decoded together, of like length."""
     dtype: DtypeName = "float32"
     """Precision of the language model; in float32 the batch never changes a text."""
-    tokens_per_s: PositiveFloat = 10.0
+    tokens_per_s: Annotated[float, Field(gt=0, le=1000)] = 10.0
     """Most tokens a second of sound, on top of the next."""
-    extra_tokens: PositiveInt = 20
+    extra_tokens: Annotated[int, Field(gt=0, le=10_000)] = 20
     """Tokens allowed whatever the duration."""
     min_tokens: Annotated[int, Field(ge=0, le=100)] = 0
     """Fewest tokens before the end of the text is allowed."""

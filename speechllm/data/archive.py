@@ -157,10 +157,12 @@ class Store:
         """Read ``feats.scp``; every value must name an ark inside `folder`.
 
         Raises:
-            DataError: it does not, an ark is missing, or a table is malformed.
+            DataError: it does not or holds none, an ark is missing, or a table is malformed.
         """
         self.folder = folder
         self.places = places(folder / "feats.scp")
+        if not self.places:
+            raise DataError(folder / "feats.scp", "names no utterance", DUMP_AGAIN)
         for ark in {ark: None for ark, _ in self.places.values()}:
             _require(ark)
         counts = self._table("utt2num_frames", NUMBER, "number of frames")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,10 @@ READ_AGAIN = "replace the file or take it out of wav.scp"
 # libsndfile reads a file that was cut short as a shorter one, and says so only in its log
 CUT_SHORT = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 SILENT_MIX = 0.01  # of the loudest channel: what is left when channels cancel each other
+OGG_PAGE = b"OggS"  # what each page of an Ogg file begins with
+OGG_HEADER_BYTES = 27
+OGG_LAST = 0x04  # the bit of a page's type that says: the stream ends here
+OGG_TAIL_BYTES = 1 << 16  # the largest page has 65,307
 MAX_STREAMED_BYTES = 0x7FFF0000  # programs that write into a pipe put this or more where the size is not known yet
 
 
@@ -53,14 +58,16 @@ def inspect(path: Path) -> AudioInfo:
     Raises:
         DataError: no such file, not audio, cut short, or a rate, channel count or length out of bounds.
     """
-    _require_file(path)
+    require_file(path, "mend its path in wav.scp", "mend its path in wav.scp")
     try:
-        header = soundfile.info(str(path))
+        header = soundfile.info(os.fsencode(path))  # its name may be no UTF-8
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: headerless, by its name
         raise DataError(path, f"is not audio that libsndfile reads ({_reason(error)})", READ_AGAIN) from error
     for claimed, there in CUT_SHORT.findall(header.extra_info):
         if int(there) < int(claimed) < MAX_STREAMED_BYTES:
             raise DataError(path, f"is cut short: {there} of {claimed} bytes are there", READ_AGAIN)
+    if header.format == "OGG":
+        require_last_page(path, READ_AGAIN)
     info = AudioInfo(header.samplerate, header.frames, header.channels)
     if not MIN_SAMPLE_RATE_HZ <= info.sample_rate_hz <= MAX_SAMPLE_RATE_HZ:
         raise DataError(path, f"has a sample rate of {info.sample_rate_hz} Hz", READ_AGAIN)
@@ -77,13 +84,42 @@ def inspect(path: Path) -> AudioInfo:
     return info
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path, fix: str, fix_special: str) -> None:
+    """Return where `path` is a regular file, which can be read more than once.
+
+    Raises:
+        DataError: it is not there or is a folder, with `fix`; it is a pipe or a device, with `fix_special`.
+    """
     try:
-        is_there = path.is_file()
+        is_file, is_there = path.is_file(), path.exists() and not path.is_dir()
     except OSError as error:  # a folder that may not be looked into, a name too long to be one
-        raise DataError(path, f"cannot be read ({error.strerror})", "mend its path in wav.scp") from error
-    if not is_there:
-        raise DataError(path, "no such audio file", "mend its path in wav.scp")
+        raise DataError(path, f"cannot be read ({error.strerror})", fix) from error
+    if is_there and not is_file:
+        raise DataError(path, "is no regular file", fix_special)
+    if not is_file:
+        raise DataError(path, "no such audio file", fix)
+
+
+def require_last_page(path: Path, fix: str) -> None:
+    """Return where `path` is no Ogg file, or one whose last page is whole and says that it is the last.
+
+    Raises:
+        DataError: it is cut short, which libsndfile and ffmpeg pass over in silence; or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(OGG_PAGE)) != OGG_PAGE:
+                return
+            file.seek(max(0, file.seek(0, os.SEEK_END) - OGG_TAIL_BYTES))
+            tail = file.read()
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror})", fix) from error
+    page = tail[max(0, tail.rfind(OGG_PAGE)) :]
+    if len(page) < OGG_HEADER_BYTES or not page[5] & OGG_LAST:
+        raise DataError(path, "is cut short: its last page is not the end of a stream", fix)
+    sizes = page[OGG_HEADER_BYTES : OGG_HEADER_BYTES + page[26]]
+    if len(page) < OGG_HEADER_BYTES + page[26] + sum(sizes):
+        raise DataError(path, "is cut short: its last page is not whole", fix)
 
 
 def _reason(error: Exception) -> str:
@@ -104,7 +140,7 @@ def read(path: Path, start_s: float = 0.0, end_s: float | None = None) -> NDArra
         where = f"{start_s:.3f} to {last / info.sample_rate_hz:.3f} s"
         raise DataError(path, f"has no {where}: it lasts {info.duration_s:.3f} s", "mend segments")
     try:
-        wave, _ = soundfile.read(str(path), start=first, stop=last, dtype="float32", always_2d=True)
+        wave, _ = soundfile.read(os.fsencode(path), start=first, stop=last, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise DataError(path, f"cannot be decoded ({_reason(error)})", READ_AGAIN) from error
     if len(wave) != last - first:
@@ -135,4 +171,4 @@ def resample(wave: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.
 
 def write_wav(path: Path, wave: NDArray[np.float32], sample_rate_hz: int) -> None:
     """Write `wave` [s] in -1..1 as 16-bit PCM."""
-    soundfile.write(str(path), wave, sample_rate_hz, subtype="PCM_16", format="WAV")
+    soundfile.write(os.fsencode(path), wave, sample_rate_hz, subtype="PCM_16", format="WAV")

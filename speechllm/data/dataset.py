@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from speechllm.data.archive import Store
+from speechllm.data.audio import MAX_DURATION_S
 from speechllm.data.kaldi import byte_order, read_table
 from speechllm.errors import DataError
 
@@ -57,7 +59,7 @@ class FeatureSet:
 
 
 def _seconds(folder: Path, utt_id: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise DataError(folder / "utt2dur", f"{utt_id} has no number of seconds", "run stage 2 again") from error
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(value)) <= MAX_DURATION_S:
+            return seconds
+    raise DataError(folder / "utt2dur", f"{utt_id} has no number of seconds", "run stage 2 again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +104,8 @@ def lines_of(path: Path, on_fault: OnFault = _raise) -> Iterator[tuple[int, str]
         DataError: the file is missing, too large, not UTF-8, or holds a NUL or a byte order mark.
     """
     if not path.is_file():
+        if path.exists():
+            raise DataError(path, "is no ordinary file", "give a file; a pipe cannot be read twice")
         raise DataError(path, "no such file", "make the data directory again, or mend its path")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise DataError(path, f"is larger than {MAX_FILE_BYTES >> 20} MiB", "split it")
@@ -195,8 +198,8 @@ def load(path: Path, *, need_text: bool = True, on_fault: OnFault = _raise, pipe
         raise DataError(path, "no such data directory", "run stage 1, or mend the path")
     wavs = _read_wavs(path, on_fault, piped)
     spans = _read_segments(path, wavs, on_fault)
-    texts = read_table(path / "text", on_fault) if need_text or (path / "text").exists() else {}
-    speakers = read_table(path / "utt2spk", on_fault) if (path / "utt2spk").exists() else {}
+    texts = read_table(path / "text", on_fault) if need_text or os.path.lexists(path / "text") else {}
+    speakers = read_table(path / "utt2spk", on_fault) if os.path.lexists(path / "utt2spk") else {}
     if not spans:
         raise DataError(path / "wav.scp", "holds no utterance", "run stage 1 again")
     if need_text or texts:
@@ -233,7 +236,7 @@ def _read_segments(
     path: Path, wavs: Mapping[str, Path], on_fault: OnFault
 ) -> dict[str, tuple[Path, float, float | None]]:
     """Return utterance -> (audio, start, end); without ``segments`` each recording is one utterance."""
-    if not (path / "segments").exists():
+    if not os.path.lexists(path / "segments"):
         return {key: (wav, 0.0, None) for key, wav in wavs.items()}
     spans: dict[str, tuple[Path, float, float | None]] = {}
     for utt_id, value in read_table(path / "segments", on_fault).items():
@@ -300,7 +303,7 @@ def validate(path: Path, *, with_audio: bool = False, piped: Path | None = None)
 
 def _check_order(path: Path, on_fault: OnFault) -> None:
     for name in ("wav.scp", "text", "utt2spk", "segments"):
-        if (path / name).exists():
+        if os.path.lexists(path / name):
             keys = list(read_table(path / name, lambda _: None))  # `load` has told them
             if keys != byte_order(keys):
                 on_fault(DataError(path / name, "is not sorted by bytes", "sort it with LC_ALL=C sort"))
@@ -309,7 +312,7 @@ def _check_order(path: Path, on_fault: OnFault) -> None:
 def _check_spk2utt(data: DataDir, on_fault: OnFault) -> None:
     file = data.path / "spk2utt"
     given = {utt_id: utt.speaker for utt_id, utt in data.utterances.items() if utt.speaker is not None}
-    if not (given and file.exists()):
+    if not (given and os.path.lexists(file)):
         return
     listed = {utt_id: key for key, utt_ids in read_table(file, on_fault).items() for utt_id in utt_ids.split()}
     for utt_id in byte_order(given.keys() | listed.keys()):
@@ -319,7 +322,7 @@ def _check_spk2utt(data: DataDir, on_fault: OnFault) -> None:
 
 def _given_durations(data: DataDir, on_fault: OnFault) -> dict[str, float]:
     file = data.path / "utt2dur"
-    if not file.exists():
+    if not os.path.lexists(file):
         return {}
     durations = {}
     given = read_table(file, on_fault)

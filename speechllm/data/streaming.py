@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -33,8 +35,15 @@ FILTER_WIDTH = 6  # zero crossings of torchaudio's filter on each side, its defa
 ROLLOFF = 0.99  # where it cuts off, its default
 STALL_S = 60.0  # the longest that ffmpeg may take for one block
 MAX_REASON_BYTES = 500
+NO_SOUND = "matches no streams"  # what ffmpeg says where it was asked for a sound track
+SHORT_S = 0.25  # more than the frames of a codec that a stretch may lack at its ends
 FIX = "convert it to WAV, or leave it out"
 FIX_MISSING = "convert it to WAV, or install ffmpeg or the extra media"
+LOGGED_BY = re.compile(r"\[[^\[\]]* @ 0x[0-9a-f]+\] *")
+# ffmpeg looks into the pictures too before it starts, and misses their beginning where a broadcast was recorded
+OF_PICTURES = re.compile(
+    r"\[(mpeg[124]video|mpeg4|h26[1-4]|hevc|vvc|vp\d|av1|vc1|theora|wmv\d|mjpeg|png) @|    Last message"
+)
 # sound and film containers; no playlists, which could make ffmpeg read other files
 FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,wav,wv"
 
@@ -58,7 +67,8 @@ def blocks(path: Path, start_s: float = 0.0, end_s: float | None = None) -> Iter
 
     Raises:
         DataError: no such file; not audio; its rate, channels or length are out of bounds; it ends before its header
-            or `end_s` says; it holds values that are not finite; ffmpeg is needed and is missing, fails or stalls.
+            or `end_s` says; it holds values that are not finite; ffmpeg is needed and is missing, fails or stalls, or
+            finds damage, which is raised after the last block.
     """
     info = _inspect(path)
     if info is None:
@@ -74,13 +84,13 @@ def blocks(path: Path, start_s: float = 0.0, end_s: float | None = None) -> Iter
 
 def _inspect(path: Path) -> audio.AudioInfo | None:
     """Return what the header says; None where ffmpeg has to read the file."""
-    if not path.is_file():
-        raise DataError(path, "no such audio file", "mend its path")
+    audio.require_file(path, "mend its path", "pipe it to -")
     try:
-        soundfile.info(str(path))
+        soundfile.info(os.fsencode(path))  # its name may be no UTF-8
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         if _ffmpeg() is None:
             raise DataError(path, "is not audio that libsndfile reads, and there is no ffmpeg", FIX_MISSING) from error
+        audio.require_last_page(path, FIX)
         return None
     try:
         return audio.inspect(path)
@@ -93,7 +103,7 @@ def _read(path: Path, first: int, last: int) -> Iterator[NDArray[np.float32]]:
     """Yield the samples from `first` to `last` at the rate of the file, channels averaged."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(_Forward(str(path)))
+            file = stack.enter_context(_Forward(os.fsencode(path)))
             size = round(BLOCK_S * file.samplerate)
             lead_in = min(first, round(LEAD_IN_S * file.samplerate))
             file.seek(first - lead_in)
@@ -178,8 +188,10 @@ def _decoded(path: Path, start_s: float, end_s: float | None) -> Iterator[NDArra
                     what = f"lasts more than {MAX_DURATION_S:.0f} s"
                     raise DataError(path, what, "cut it into recordings of four hours at most")
                 yield _finite(path, block)
-            if process.wait() != 0 or not count:
-                raise DataError(path, f"is not audio that libsndfile or ffmpeg reads ({_reason(log, path)})", FIX)
+            status = process.wait()
+            is_short = end_s is not None and count < (end_s - start_s - SHORT_S) * SAMPLE_RATE_HZ
+            # behind a seek the first packet may begin in the middle of a frame, which is no damage
+            _check(path, status, count, _said(log, path), is_strict=start_s == 0 or is_short)
         finally:
             process.kill()
 
@@ -212,8 +224,28 @@ def _read_in_time(path: Path, process: subprocess.Popen[bytes], stream: IO[bytes
     return raw
 
 
-def _reason(log: IO[bytes], path: Path) -> str:
-    """Return the last line that ffmpeg wrote, without the path of the file."""
-    log.seek(max(0, log.seek(0, 2) - MAX_REASON_BYTES))
-    lines = log.read().decode("utf-8", "replace").replace(f"file:{path.resolve()}", "").splitlines()
-    return lines[-1].strip(" :.") if lines else "no samples"
+def _check(path: Path, status: int, count: int, said: str, *, is_strict: bool) -> None:
+    """Tell what ffmpeg met: it decodes what is left of a damaged file, and ends with the status 0.
+
+    Raises:
+        DataError: it failed, gave no samples, or, where `is_strict`, `said` something of a fault.
+    """
+    if NO_SOUND in said:
+        raise DataError(path, "has no sound track", "name a file with sound")
+    if not count:
+        raise DataError(path, f"is not audio that libsndfile or ffmpeg reads ({said or 'no samples'})", FIX)
+    if status != 0 or (said and is_strict):
+        raise DataError(path, f"is cut short or damaged ({said or f'ffmpeg ended with {status}'})", FIX)
+
+
+def _said(log: IO[bytes], path: Path) -> str:
+    """Return the first line that ffmpeg wrote of the sound, without writer and path, or NO_SOUND, or nothing."""
+    name, first = os.fsencode(f"file:{path.resolve()}"), ""
+    log.seek(0)
+    for raw in log:
+        line = raw[:MAX_REASON_BYTES].replace(name, b"").decode("utf-8", "replace").rstrip()
+        if NO_SOUND in line:
+            return NO_SOUND
+        if not OF_PICTURES.match(line):
+            first = first or LOGGED_BY.sub("", line).strip(" :.")
+    return first

@@ -64,6 +64,7 @@ PARTIAL = ".partial.jsonl"
 PARTS = ".parts"
 TIMES = "rtf.json"
 WORD_TIMES = "ctm"
+MADE = ("text", "nbest.jsonl", WORD_TIMES, TIMES)
 SPENT = ("wall_s", "cpu_s", "audio_s", "row_steps", "tokens", "memory_halved")
 GUARDS = (NO_SPEECH, LOOP, CUT, DOUBTFUL)
 
@@ -149,7 +150,7 @@ def decode_dir(
         UserError: the model or the data are at fault, or `out` holds the output of something else.
     """
     run = _prepare(model_dir, data_dir, changes, hotwords)
-    if is_made(out / DECODE_RECORD, run.record):
+    if is_made(out / DECODE_RECORD, run.record) and all((out / name).is_file() for name in MADE):
         log.info("decode done already out=%s", out)
         return 0
     return _decode_whole(run, data_dir, out) if part is None else _decode_part(run, out, *part)
@@ -272,8 +273,11 @@ def _read_partials(folders: Sequence[Path], source: Source, *, mend: bool = True
     """Return what killed runs and parts had decoded; with `mend`, a last line cut short is dropped from its file."""
     found: dict[str, Entry] = {}
     for path in [folder / PARTIAL for folder in folders]:
-        kept = [entry for entry in read_whole_lines(path) if entry["utt_id"] in source.durations_s]
-        here = {entry["utt_id"]: _read_entry(entry) for entry in kept}
+        here = {}
+        for entry in read_whole_lines(path):
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that is not ours is decoded again
+                if entry["utt_id"] in source.durations_s:
+                    here[entry["utt_id"]] = _read_entry(entry)
         if mend and path.is_file():
             write_text(path, "".join(_line(utt_id, entry) for utt_id, entry in here.items()))
         found |= here

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from speechllm.config import load as configs
 from speechllm.errors import ModelError
@@ -31,6 +33,8 @@ MODEL_FILE = "model.json"
 TRAINED_FILE = "trained.safetensors"
 PROVENANCE_FILE = "provenance.json"
 FORMAT = 1
+MAX_WIDTH_H = 1 << 16  # the widest encoders have 1,280
+COPY_AGAIN = "copy the folder again"
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,29 @@ def find_lm(config: Config, origin: Origin) -> hub.Resolved:
     """Return where the language model is that a model was trained with.
 
     Raises:
-        ModelError: the one found is another.
+        ModelError: the one found is another, or the model keeps tokens that it does not have.
     """
     found = hub.resolve_trained_on(config.lm.name, config.lm.revision, origin.lm_fingerprint, origin.lm_weights)
     if found.fingerprint != origin.lm_fingerprint:
         what = f"is another model (fingerprint {found.fingerprint}) than the one trained with ({origin.lm_fingerprint})"
         raise ModelError(found.folder, what, "use the language model that it was trained with")
+    size = None if origin.kept_ids is None else _num_tokens(found)
+    if origin.kept_ids is not None and size is not None and max(origin.kept_ids) >= size:
+        what = f"has a wrong kept_ids ({max(origin.kept_ids)} is beyond the {size} tokens of {found.folder})"
+        raise ModelError(MODEL_FILE, what, COPY_AGAIN)
     return found
+
+
+def _num_tokens(found: hub.Resolved) -> int | None:
+    """Return how many embeddings a language model has; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    try:
+        settings: Any = AutoConfig.from_pretrained(found.folder)
+    except hub.UNREADABLE:  # told where the model is loaded
+        return None
+    size = getattr(settings.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def tokenizer_of(found: hub.Resolved, origin: Origin) -> PreTrainedTokenizerBase:
@@ -174,17 +194,31 @@ def _read_origin(folder: Path) -> Origin:
     for field in fields(Origin):
         if field.default is MISSING and field.name not in content:
             raise ModelError(folder / MODEL_FILE, f"has no {field.name}", "train again or copy the folder again")
-    kept = content["kept_ids"]
-    assert kept is None or isinstance(kept, list)
-    return Origin(
-        width_h=int(str(content["width_h"])),
-        encoder_fingerprint=str(content["encoder_fingerprint"]),
-        lm_fingerprint=str(content["lm_fingerprint"]),
-        kept_ids=None if kept is None else tuple(int(index) for index in kept),
-        encoder_weights=_text(content.get("encoder_weights")),
-        lm_weights=_text(content.get("lm_weights")),
-    )
+    try:
+        record = _Record.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field_name = ".".join(map(str, fault["loc"]))
+        raise ModelError(folder / MODEL_FILE, f"has a wrong {field_name} ({fault['msg']})", COPY_AGAIN) from error
+    kept = None if record.kept_ids is None else tuple(record.kept_ids)
+    return Origin(**{**dict(record), "kept_ids": kept})
 
 
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+class _Record(BaseModel):
+    """What `Origin` is read from; ``model.json`` holds more."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    width_h: Annotated[int, Field(ge=1, le=MAX_WIDTH_H)]
+    encoder_fingerprint: str
+    lm_fingerprint: str
+    kept_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+    encoder_weights: str | None = None
+    lm_weights: str | None = None
+
+    @field_validator("kept_ids")
+    @classmethod
+    def _keeps_a_token_once(cls, kept: list[int] | None) -> list[int] | None:
+        if kept is not None and len(set(kept)) != len(kept):
+            raise PydanticCustomError("doubled", "it holds a token twice")
+        return kept

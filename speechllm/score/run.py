@@ -50,6 +50,9 @@ class ScoreOptions:
     """Seed of the bootstrap."""
 
 
+MADE = frozenset({"ref.trn", "hyp.trn", "result.txt", "alignment.jsonl", "forgiven.tsv", "report.html", "score.json"})
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredSystem:
     """One system's utterances and everything that score.json says of them."""
@@ -66,6 +69,9 @@ def score_files(ref: Path, hyp: Path, out: Path, options: ScoreOptions) -> dict[
         UserError: no such profile or metric.
         DataError: a file is at fault, or ids do not match.
     """
+    for path in (ref, hyp):
+        if path.name in MADE and path.resolve().parent == out.resolve():
+            raise DataError(path, "would be written over by what is made of it", "name another --out")
     system = _score_system(ref, hyp, _system_name(hyp), options)
     texts = [(one.text.utt_id, one.ref_norm, one.hyp_norm) for one in system.scores]
     write_text(out / "ref.trn", interchange.trn_lines([(utt_id, text) for utt_id, text, _ in texts]))

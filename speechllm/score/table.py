@@ -121,6 +121,9 @@ def write_table(paths: Sequence[Path], out: Path) -> str:
         ConfigError: a description is wrong.
         DataError: a score file is broken, older than its hypotheses, or made by another version of the scorer.
     """
+    made = {out.resolve(), out.with_suffix(".tex").resolve()}
+    if own := next((path for path in paths if path.resolve() in made), None):
+        raise ConfigError(own, "describes the table that would be written over it", "name another --out")
     grids = [_grid(read_table(path)) for path in paths]
     text = "\n".join(map(as_markdown, grids))
     write_text(out.with_suffix(".tex"), "\n".join(map(as_latex, grids)))

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from speechllm.runtime import without_telemetry
 from speechllm.text import numerals
 from speechllm.text.normalize import compatibility_form
 
@@ -191,6 +192,7 @@ def _unidic() -> Any:
 @functools.lru_cache(maxsize=1 << 14)
 def _read_aloud(text: str) -> str:
     """Open JTalk's pronunciation of a text that its buffers can hold."""
+    without_telemetry()
     import pyopenjtalk
 
     with warnings.catch_warnings():

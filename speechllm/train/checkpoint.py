@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+STATE_NAME = re.compile(r"step_\d+", re.ASCII)
 BEST = "best.safetensors"
 PROGRESS = "progress"  # beside the sums of the files, the record keeps one of what it says itself
 OLDER = "an older state is used"
@@ -76,7 +78,8 @@ def prune(folder: Path, keep: int) -> None:
 
 def _states(folder: Path) -> list[Path]:
     """Return the saved states, the newest first."""
-    return sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+    found = [path for path in folder.glob("step_*") if STATE_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from speechllm.errors import ConfigError
-from speechllm.runtime import naming, write_text
+from speechllm.runtime import naming, read_whole_lines, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,11 +112,9 @@ def forget_after(folder: Path, step: int, *, validated: bool = True) -> None:
     """Drop what the resumed run makes again: records after `step`, and its validation where that is still to come."""
     path = folder / METRICS
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [(line, json.loads(line)) for line in lines if line.endswith("}")]
         last = (step, "valid" if validated else "train")  # "train" < "valid", as they come
-        kept = [line for line, record in records if (record["step"], record["kind"]) <= last]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = [one for one in read_whole_lines(path) if (one.get("step", step), one.get("kind", "")) <= last]
+        write_text(path, "".join(f"{json.dumps(one)}\n" for one in kept))
 
 
 def peak_memory_gib() -> float:

@@ -20,6 +20,7 @@ from speechllm.model.assemble import (
     CONFIG_FILE,
     MODEL_FILE,
     PROVENANCE_FILE,
+    TRAINED_FILE,
     assemble,
     origin_of,
     save_model,
@@ -223,7 +224,7 @@ def _claim(config: Config, opened: Opened, exp: Path) -> bool:
     _refuse_other_run(config, record, exp)
     configs.dump(config, exp / CONFIG_FILE)
     write_json(exp / RECORD, record)
-    if not (exp / "model" / MODEL_FILE).is_file():
+    if not all((exp / "model" / name).is_file() for name in (MODEL_FILE, TRAINED_FILE)):
         return True
     configs.dump(config, exp / "model" / CONFIG_FILE)  # how to decode may have changed since
     return False

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from speechllm.errors import ModelError, Stopped
 from speechllm.model.state import check_keys, load_tensors, save_tensors
-from speechllm.runtime import derive_seed, on_signals
+from speechllm.runtime import derive_seed, on_signals, sync_folder
 from speechllm.train import average
 from speechllm.train import checkpoint as ckpt
 from speechllm.train.ahead import Step, making_ready
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 KEPT_STATES = 2
 MAX_BAD_STEPS = 5
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -327,11 +327,12 @@ class Loop(Generic[P]):
             temporary = self.folder / f".{ckpt.BEST}.tmp"
             save_tensors(temporary, self.task.state())
             temporary.replace(self.folder / ckpt.BEST)
+            sync_folder(self.folder)
         self.world.wait()
 
     def _load_best(self, curves: Curves) -> None:
         """Load the best state, or the mean of several where that is no worse."""
-        if not (self.folder / ckpt.BEST).is_file():
+        if not self.progress.best_step:
             return
         if len(self.progress.kept) > 1:
             self._load(self.folder / average.FOLDER, average.mean(self.folder, self.progress.kept))

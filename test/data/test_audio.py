@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,6 +132,37 @@ def test_a_truncated_flac_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert soundfile.info(str(path)).frames == 16_000
     assert _fault(path).startswith("a.flac: c")  # cannot be decoded, or is cut short: either way no shorter wave
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_a_truncated_ogg_is_refused_though_libsndfile_reads_its_beginning(tmp_path: Path, subtype: str) -> None:
+    path = tmp_path / "a.ogg"
+    soundfile.write(str(path), np.random.default_rng(1).uniform(-0.5, 0.5, 160_000), 16_000, subtype, format="OGG")
+    content = path.read_bytes()
+    assert audio.inspect(path).num_samples == 160_000
+    path.write_bytes(content + b"tag" * 99)  # what others put behind it is none of its own
+    assert audio.inspect(path).num_samples == 160_000
+    path.write_bytes(content[: len(content) // 2])
+    assert 0 < soundfile.info(str(path)).frames < 160_000
+    again = "replace the file or take it out of wav.scp"
+    assert _fault(path) == f"a.ogg: is cut short: its last page is not the end of a stream; {again}"
+    path.write_bytes(content[:-1])
+    assert _fault(path) == f"a.ogg: is cut short: its last page is not whole; {again}"
+    path.write_bytes(content[: content.rindex(b"OggS") + 5])
+    assert _fault(path).startswith("a.ogg: is cut short: its last page is not the end")
+
+
+def test_a_name_that_is_no_utf_8_is_a_name_like_others(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.wav")
+    audio.write_wav(path, _tone(), 16_000)
+    assert len(audio.read(path)) == 4_000
+    path.write_bytes(b"no sound")
+    assert "is not audio that libsndfile reads (" in _fault(path)
+
+
+def test_a_pipe_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    assert _fault(tmp_path / "a.wav") == "a.wav: is no regular file; mend its path in wav.scp"
 
 
 def test_a_file_that_gives_less_than_its_header_says_is_refused(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Never
 
 import numpy as np
 import pytest
@@ -14,9 +17,29 @@ from speechllm.data import audio, streaming
 from speechllm.errors import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
+
+
+CONVERT = "convert it to WAV, or leave it out"
+# form -> what ffmpeg needs to write one, and what it says of the first half of it
+WRITTEN = {
+    "m4a": (["-movflags", "+faststart"], "partial file"),
+    "mp4": (["-movflags", "frag_keyframe+empty_moov"], "partial file"),
+    "mov": ([], "moov atom not found"),
+    "3gp": (["-ar", "8000", "-ac", "1", "-c:a", "aac", "-movflags", "+faststart"], "partial file"),
+    "webm": ([], "File ended prematurely"),
+    "mkv": ([], "File ended prematurely"),
+    "mka": (["-c:a", "flac"], "File ended prematurely"),
+    "aac": ([], "Input buffer exhausted before END element found"),
+    "wma": ([], "Input packet size too small"),
+    "ac3": ([], "incomplete frame"),
+    "amr": (["-ar", "8000", "-ac", "1"], "Corrupt bitstream"),
+    "wv": ([], "Error during demuxing"),
+    "tta": ([], "Error submitting packet to decoder"),
+    "oga": (["-c:a", "flac"], "its last page is not the end of a stream"),
+    "ogg": (["-c:a", "libvorbis"], "its last page is not the end of a stream"),
+    "opus": ([], "its last page is not the end of a stream"),
+}
 
 
 def noise(path: Path, rate_hz: int, seconds: float = 9.0, channels: int = 1) -> Path:
@@ -62,6 +85,36 @@ def test_compressed_files_are_whole(tmp_path: Path, form: str) -> None:
     whole = audio.read(path)
     assert np.abs(joined(path) - whole).max() < 1e-6
     assert np.abs(joined(path, 2.0, 5.0) - whole[32_000:80_000])[200:-200].max() < 1e-3  # the filter rings at the ends
+
+
+def test_a_name_that_is_no_utf_8_is_a_name_like_others(tmp_path: Path) -> None:
+    source = noise(tmp_path / "a.wav", 44_100)
+    path = source.rename(tmp_path / os.fsdecode(b"\xff\xe9.wav"))
+    assert np.abs(joined(path) - audio.read(path)).max() < 1e-6
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "is cut short" in fault(path)
+    path.write_bytes(b"no sound")
+    assert "reads (" in fault(path)
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    def refuse(path: Path, *_: object) -> Never:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    assert program
+    (tmp_path / "a.m4a").write_bytes(b"nothing that libsndfile knows")
+    monkeypatch.setattr(Path, "open", refuse)  # root may read whatever its mode is
+    assert fault(tmp_path / "a.m4a") == f"a.m4a: cannot be read (Permission denied); {CONVERT}"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_is_to_be_given_as_the_standard_input(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/null")
+    if kind == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    assert fault(path).endswith(": is no regular file; pipe it to -")
 
 
 def test_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +166,41 @@ def test_ffmpeg_gets_a_path_that_is_no_option_and_may_open_no_playlist(
 
 
 def test_ffmpegs_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = stand_in(tmp_path, monkeypatch, "sys.stderr.write('first\\nInvalid data found\\n'); sys.exit(1)")
+    path = stand_in(
+        tmp_path, monkeypatch, "sys.stderr.write('moov atom not found\\nInvalid data found\\n'); sys.exit(1)"
+    )
     assert fault(path) == (
-        "-film.m4a: is not audio that libsndfile or ffmpeg reads (Invalid data found); "
+        "-film.m4a: is not audio that libsndfile or ffmpeg reads (moov atom not found); "
         "convert it to WAV, or leave it out"
     )
+
+
+SOUND = "import array\nsys.stdout.buffer.write(array.array('f', [0.25] * 64_000).tobytes())\n"
+
+
+def test_what_ffmpeg_writes_of_a_fault_is_raised_after_the_last_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = "[mov @ 0x55dac1f8] stream 0, offset 0x2f: partial file\\n[aac @ 0x1a] Input buffer exhausted\\n"
+    path = stand_in(tmp_path, monkeypatch, f"{SOUND}sys.stderr.write('{log}')")
+    blocks = streaming.blocks(path)
+    assert len(next(blocks)) == 64_000
+    with pytest.raises(DataError, match=r"is cut short or damaged \(stream 0, offset 0x2f: partial file\); convert it"):
+        next(blocks)
+    # behind a seek a fault is one only where samples are missing
+    assert len(joined(path, 2.0, 6.0)) == 64_000
+    with pytest.raises(DataError, match="is cut short or damaged"):
+        joined(path, 2.0, 7.0)
+
+
+def test_faults_of_pictures_are_none_of_the_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "[h264 @ 0x55da] no frame!\\n    Last message repeated 4 times\\n"
+    assert len(joined(stand_in(tmp_path, monkeypatch, f"{SOUND}sys.stderr.write('{log}')"))) == 64_000
+
+
+def test_an_ffmpeg_that_fails_behind_some_samples_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stand_in(tmp_path, monkeypatch, f"{SOUND}sys.exit(7)")
+    assert fault(path) == f"-film.m4a: is cut short or damaged (ffmpeg ended with 7); {CONVERT}"
 
 
 def test_an_ffmpeg_that_stalls_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +217,38 @@ def test_an_ffmpeg_that_never_ends_is_stopped_at_the_longest_length(
     assert fault(path) == "-film.m4a: lasts more than 10 s; cut it into recordings of four hours at most"
 
 
-def test_the_real_ffmpeg_reads_what_libsndfile_does_not(tmp_path: Path) -> None:
-    program = streaming._ffmpeg()
-    if program is None:
+@pytest.fixture
+def program() -> str:
+    """Return the path of the real ffmpeg."""
+    found = streaming._ffmpeg()
+    if found is None:
         pytest.skip("needs ffmpeg or imageio-ffmpeg")
+    return found
+
+
+def test_the_real_ffmpeg_reads_what_libsndfile_does_not(tmp_path: Path, program: str) -> None:
     source, film = noise(tmp_path / "a.wav", 44_100), tmp_path / "a.m4a"
     subprocess.run([program, "-v", "error", "-i", str(source), str(film)], check=True)
     assert len(joined(film)) == pytest.approx(9 * 16_000, abs=2_000)
     assert len(joined(film, 2.0, 5.0)) == pytest.approx(3 * 16_000, abs=2_000)  # whole frames of the codec
     (tmp_path / "list.m4a").write_text(f"#EXTM3U\n#EXTINF:9,\nfile://{source}\n")
     assert "is not audio that libsndfile or ffmpeg reads" in fault(tmp_path / "list.m4a")
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_a_whole_file_is_read_in_silence_and_half_of_it_is_told(tmp_path: Path, program: str, form: str) -> None:
+    source, path = noise(tmp_path / "a.wav", 44_100), tmp_path / f"a.{form}"
+    options, said = WRITTEN[form]
+    subprocess.run([program, "-v", "error", "-i", str(source), *options, str(path)], check=True)
+    assert len(joined(path)) == pytest.approx(9 * 16_000, abs=4_000)  # whole frames of the codec
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 55 // 100])
+    message = fault(path)
+    assert said in message
+    assert message.endswith(f"; {CONVERT}")
+
+
+def test_a_film_without_a_sound_track_is_told(tmp_path: Path, program: str) -> None:
+    pictures = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=5:duration=1"]
+    subprocess.run([program, "-v", "error", *pictures, str(tmp_path / "film.mkv")], check=True)
+    assert fault(tmp_path / "film.mkv") == "film.mkv: has no sound track; name a file with sound"

@@ -26,6 +26,7 @@ from faulty import Ended, Trap
 from scenes import IDS, Disk, Limit, assert_refused, children, dump_arguments, start_dump
 
 from speechllm.config import load as configs
+from speechllm.errors import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,6 +170,30 @@ def test_21_where_one_of_its_processes_is_killed_the_command_tells_it_and_ends(w
     assert not (out / "feats.scp").exists()
     whole.goes_on_to_the_same(out)
     assert faulty.leftovers(out) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGINT, "by the keyboard"),
+        (signal.SIGTERM, "by SIGTERM; run the same command again"),
+        (signal.SIGHUP, "by SIGHUP; run the same command again"),
+    ],
+)
+def test_21_stopped_with_its_processes_at_work_it_ends_at_once_and_they_do(
+    whole: Whole, tmp_path: Path, number: int, told: str
+) -> None:
+    out = tmp_path / "out"
+    with at_work(whole, out, tmp_path / "log") as (running, workers):
+        running.send_signal(number)
+        running.send_signal(signal.SIGCONT)
+        running.wait(scenes.TIME_LIMIT_S)
+        assert not any(is_worker(pid) for pid in workers)  # nobody writes once the lock is free
+    ended = Ended(running.returncode, (tmp_path / "log").read_text(encoding="utf-8"))
+    assert ended.status == EXIT_STOPPED, ended.output
+    assert ended.errors == [f"stopped: {told}"]
+    assert not (out / "feats.scp").exists()
+    whole.goes_on_to_the_same(out)
 
 
 def is_worker(pid: int) -> bool:

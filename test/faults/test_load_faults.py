@@ -191,7 +191,8 @@ def test_38_a_pickle_where_our_safetensors_belong_is_never_opened(
     trained = exp / "model" / TRAINED
     write(trained, went_off)
     ended = made.decode(tmp_path / "out", exp)
-    line = rf"error: {re.escape(str(trained))}: is no readable safetensors file \(.+\); make the model again"
+    fix = "copy it again, or remove the folder and train again"
+    line = rf"error: {re.escape(str(trained))}: is no readable safetensors file \(.+\); {fix}"
     assert_refused(ended, line)
     assert not (tmp_path / "out/text").exists()
     assert not went_off.exists()

@@ -449,10 +449,10 @@ def test_a_dropped_utterance_is_as_if_it_had_never_been(plain: Whole, tmp_path: 
     without = replace(setting, train=tmp_path / "without")
     kept = {key: utt for key, utt in kaldi.load(plain.setting.train).utterances.items() if key != "u3"}
     kaldi.write_dir(without.train, kept.values())
-    for one, exp in ((setting, "dropped"), (without, "without")):
+    for one, exp in ((setting, "exp-dropped"), (without, "exp-without")):
         done = one.run(tmp_path / exp, "--set", "train.max_dropped=0.2")
         assert done.status == 0, done.output
-    trained = [(tmp_path / exp / "model/trained.safetensors").read_bytes() for exp in ("dropped", "without")]
+    trained = [(tmp_path / exp / "model/trained.safetensors").read_bytes() for exp in ("exp-dropped", "exp-without")]
     assert trained[0] == trained[1]
 
 

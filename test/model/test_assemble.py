@@ -166,6 +166,41 @@ def test_a_record_that_lacks_a_field_is_refused(key: str, folder: Path) -> None:
         load_model(folder)
 
 
+WIDTHS: tuple[object, ...] = ("abc", None, [16], 1e12, -1, 0, 1 << 20, 16.5, True)
+KEPT: tuple[object, ...] = ("x", {}, [], 7)
+KEPT_ONE: tuple[object, ...] = ("x", None, -1, 2.5, [4])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *[("width_h", value, "width_h") for value in WIDTHS],
+        *[("kept_ids", value, r"kept_ids \(") for value in KEPT],
+        *[("kept_ids", [3, value], r"kept_ids\.1 \(") for value in KEPT_ONE],
+        ("kept_ids", [3, 5, 3], r"kept_ids \(it holds a token twice\)"),
+        ("encoder_fingerprint", None, "encoder_fingerprint"),
+        ("lm_fingerprint", 7, "lm_fingerprint"),
+        ("lm_weights", ["a"], "lm_weights"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(key: str, value: object, message: str, folder: Path) -> None:
+    write_json(folder / MODEL_FILE, {**read_json(folder / MODEL_FILE), key: value})
+    with pytest.raises(ModelError, match=f"has a wrong {message}.*; copy the folder again") as caught:
+        read_model(folder)
+    assert caught.value.where == str(folder / MODEL_FILE)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(config: Config, folder: Path) -> None:
+    write_json(folder / MODEL_FILE, {**read_json(folder / MODEL_FILE), "kept_ids": [0, 1 << 62]})
+    with pytest.raises(ModelError, match=rf"kept_ids \({1 << 62} is beyond the \d+ tokens of {config.lm.name}"):
+        load_model(folder)
+
+
+def test_more_than_is_needed_may_stand_in_the_record(origin: Origin, folder: Path) -> None:
+    write_json(folder / MODEL_FILE, {**read_json(folder / MODEL_FILE), "other": {"a": 1}})
+    assert read_model(folder)[1] == origin
+
+
 def test_another_language_model_than_the_one_trained_with_is_refused(config: Config, origin: Origin) -> None:
     other = Origin(origin.width_h, origin.encoder_fingerprint, "feedfeedfeedfeed", None)
     with pytest.raises(ModelError, match=r"is another model \(fingerprint .*\) than the one trained with \(feedfeed"):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechllm.text.reading import katakana_reading, loanword_key, plain_kana, short_units, sound_key, words
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = st.text(st.sampled_from("水を買う東京へ行くデーターaｂ 　、。12ｶﾞ々\u2028🎉"), max_size=20)
 
@@ -37,6 +45,17 @@ def test_a_reading_holds_kana_only_and_is_the_same_every_time() -> None:
     assert set(katakana_reading(text)) <= {chr(code) for code in range(0x30A1, 0x30F5)} | {"ー"}
     assert katakana_reading(text) == katakana_reading(text)
     assert not set("ヲヂヅヰヱヵヶ") & set(katakana_reading("を鼻血続く気づくヶ所"))
+
+
+def test_a_reading_sends_nothing_and_leaves_no_files(tmp_path: Path) -> None:
+    code = "import speechllm.text.reading as reading; assert reading.katakana_reading('水') == 'ミズ'"
+    places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    for place in places.values():
+        place.mkdir()
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment = {**kept, **{name: str(place) for name, place in places.items()}}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_very_long_text_is_read_to_its_end() -> None:

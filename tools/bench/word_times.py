@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from speechllm.runtime import without_telemetry
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+without_telemetry()
 
 HTS_FRAME_S = 240 / 48_000
 KOKORO_FRAME_SAMPLES = 600

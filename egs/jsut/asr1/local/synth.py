@@ -15,12 +15,14 @@ import numpy as np
 
 from speechllm.data.audio import resample, write_wav
 from speechllm.errors import DataError
-from speechllm.runtime import atomic_path, worker_pool
+from speechllm.runtime import atomic_path, without_telemetry, worker_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
+
+without_telemetry()
 
 SAMPLE_RATE_HZ = 16_000
 PEAK = 0.7  # of full scale, so that no voice is louder than another
