@@ -89,12 +89,21 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests taken at a time.")] = 160,
     timeout: Annotated[float, typer.Option(min=1, max=86_400, help="Seconds from upload to answer.")] = 900.0,
     rate: Annotated[int, typer.Option(min=0, max=10**6, help="Requests a minute and address; 0: any.")] = 240,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="Name that a web server in front passes on (repeatable)."),
+    ] = None,
 ) -> None:
     """Answer OpenAI's transcription requests, and show a page to record and correct (docs/serve.md)."""
     from speechllm.serve import server
     from speechllm.serve.limits import Limits
 
     limits = Limits(
-        max_bytes=max_bytes, max_seconds=max_seconds, max_queue=max_queue, timeout_s=timeout, rate_per_min=rate
+        max_bytes=max_bytes,
+        max_seconds=max_seconds,
+        max_queue=max_queue,
+        timeout_s=timeout,
+        rate_per_min=rate,
+        hosts=tuple(allow_host or ()),
     )
     server.serve(model, host, port, limits, language)

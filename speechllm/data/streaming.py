@@ -103,7 +103,7 @@ def _read(path: Path, first: int, last: int) -> Iterator[NDArray[np.float32]]:
     """Yield the samples from `first` to `last` at the rate of the file, channels averaged."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(_Forward(os.fsencode(path)))
+            file = stack.enter_context(Forward(os.fsencode(path)))
             size = round(BLOCK_S * file.samplerate)
             lead_in = min(first, round(LEAD_IN_S * file.samplerate))
             file.seek(first - lead_in)
@@ -119,7 +119,7 @@ def _read(path: Path, first: int, last: int) -> Iterator[NDArray[np.float32]]:
             raise DataError(path, f"cannot be decoded ({reason})", FIX) from error
 
 
-class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+class Forward(soundfile.SoundFile):  # type: ignore[misc]
     """A sound file that is read onwards only.
 
     soundfile seeks after every read to where it is already, and MP3 decodes wrongly for some frames after a seek.

@@ -19,6 +19,8 @@ from starlette.requests import ClientDisconnect
 from speechllm.decode import formats
 from speechllm.decode.result import Transcript
 from speechllm.serve import answers, corrected, uploads
+from speechllm.serve.connections import lack_of_files
+from speechllm.serve.hosts import LocalOnly
 from speechllm.serve.limits import ApiError
 from speechllm.serve.protocol import ABORT
 from speechllm.serve.queue import Ticket
@@ -50,13 +52,16 @@ SAFETY = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application of a service that was started."""
+def create_app(service: Service, *, is_local: bool = False) -> FastAPI:
+    """Return the application of a service that was started; `is_local`: under this machine's names alone."""
     # the pages that describe an API would load scripts from elsewhere
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
+    app.add_exception_handler(OSError, _refuse_for_lack)
     app.add_exception_handler(Exception, _refuse)
+    if is_local:
+        app.add_middleware(LocalOnly, others=service.limits.hosts)
     _add_pages(app)
 
     @app.get("/health")
@@ -79,7 +84,8 @@ def create_app(service: Service) -> FastAPI:
     async def transcriptions(request: Request) -> Response:
         began = time.monotonic()
         try:
-            answer = await _transcribe(request, service)
+            async with service.until_end():
+                answer = await _transcribe(request, service)
         except ApiError as error:
             LOG.info("event=refused status=%d code=%s after_s=%.2f", error.status, error.code, time.monotonic() - began)
             raise
@@ -96,10 +102,11 @@ def create_app(service: Service) -> FastAPI:
         service.rates.check(address)
         if kind not in formats.FORMATS:
             raise ApiError(404, f"'{kind}' is none of {', '.join(formats.FORMATS)}.", code="no_such_format")
-        with service.places.take(address):
-            data = await _body(request, service.limits.upload_s)
-            async with converting:
-                text = await asyncio.to_thread(corrected.convert, data, kind)
+        async with service.until_end():
+            with service.places.take(address):
+                data = await _body(request, service.limits.upload_s)
+                async with converting:
+                    text = await asyncio.to_thread(corrected.convert, data, kind)
         return PlainTextResponse(text, headers=SAFETY)
 
     return app
@@ -134,6 +141,14 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, ApiError):
         error = ApiError(500, "The server failed; its log says why.", code="failed")
     return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _refuse_for_lack(request: Request, error: Exception) -> JSONResponse:
+    """Return what tells of a lack of open files; any other error of the system is a fault of ours."""
+    refused = lack_of_files(error)
+    if refused is None:
+        raise error
+    return await _refuse(request, refused)
 
 
 async def _transcribe(request: Request, service: Service) -> Response:

@@ -42,6 +42,8 @@ class Limits:
     """Memory that this process may take."""
     decoders: int = 2
     """Most such processes at a time."""
+    hosts: tuple[str, ...] = ()
+    """Names besides localhost and its addresses that a server at a loopback address answers to."""
     rate_per_min: int = 240
     """Requests a minute from one address; as many may come at once. 0: no bound."""
     max_batch: int = 16

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Never
 
 from speechllm.errors import ConfigError, Stopped
 from speechllm.runtime import on_signals
+from speechllm.serve.connections import Connections, most_connections, raise_open_files
 from speechllm.serve.limits import STOP_S
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from speechllm.serve.limits import Limits
+    from speechllm.serve.service import Service
 
 LOG = logging.getLogger(__name__)
 
@@ -52,26 +54,26 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"{host}:{port}", f"cannot listen ({error})", "take another --host or --port") from error
 
 
-def make_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
-    """Return a server for `app` that bounds connections and the time in which a request must begin."""
+def make_server(app: FastAPI, service: Service) -> uvicorn.Server:
+    """Return a server for `app` that bounds connections, the time in which a request must begin, and its own end."""
     import uvicorn
 
     from speechllm.serve.protocol import guarded
+    from speechllm.serve.stopping import Server
 
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=guarded(limits.headers_s),
-            ws="none",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=2 * limits.max_queue + 64,
-            timeout_graceful_shutdown=STOP_S,
-        )
+    most = most_connections(service.limits)
+    config = uvicorn.Config(
+        app,
+        http=guarded(service.limits.headers_s, Connections(most)),
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=most,  # as many are taken in at once, before the first of them can be refused
     )
+    return Server(config, service, STOP_S)
 
 
 def serve(model: Path | None, host: str, port: int, limits: Limits, language: str) -> None:
@@ -91,16 +93,19 @@ def serve(model: Path | None, host: str, port: int, limits: Limits, language: st
     ):
         from speechllm.recognizer import SpeechLLM
         from speechllm.serve.app import create_app
+        from speechllm.serve.hosts import is_loopback
         from speechllm.serve.service import Service
         from speechllm.transcribe import model_folder
 
         folder = model_folder(model)
         recognizer = SpeechLLM.from_pretrained(folder)
+        raise_open_files()
         with closing(Service(recognizer, limits, name=model_name(folder), language=language)) as service:
             service.start()
             shown = f"[{host}]" if ":" in host else host
             LOG.info("event=listening url=http://%s:%d model=%s", shown, sock.getsockname()[1], service.name)
-            asyncio.run(make_server(create_app(service), limits).serve(sockets=[sock]))
+            app = create_app(service, is_local=is_loopback(sock.getsockname()[0]))
+            asyncio.run(make_server(app, service).serve(sockets=[sock]))
 
 
 def _stop(number: int, _frame: FrameType | None) -> Never:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING
 from speechllm.decode.result import Segment, Transcript
 from speechllm.errors import DataError
 from speechllm.serve.answers import FORMATS
+from speechllm.serve.connections import lack_of_files
 from speechllm.serve.decoding import Unpacker
 from speechllm.serve.limits import STOP_S, ApiError, Limits, Places, Rates, busy
 from speechllm.serve.queue import Batches, Dropped, Ticket
+from speechllm.serve.scratch import Scratch
 
 if TYPE_CHECKING:
+    import tempfile
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
@@ -141,8 +143,9 @@ class Service:
         self._walk = walk
         self._unpacker = Unpacker(limits)
         self._threads = ThreadPoolExecutor(limits.max_queue, "request")
-        self._folder = tempfile.TemporaryDirectory(prefix="speechllm-serve-")
-        self._is_closed = False
+        self._scratch = Scratch()
+        self._is_stopping = self._is_over = False
+        self._at_work: set[asyncio.Timeout] = set()
 
     def start(self) -> None:
         """Start what must be ready before the first request."""
@@ -150,11 +153,11 @@ class Service:
 
     def close(self) -> None:
         """Drop all requests, end the threads, remove the files; wait for what the model works on."""
-        self._is_closed = True
+        self._is_stopping = True
         self.batches.close()
         self._unpacker.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._folder.cleanup()
+        self._scratch.close()
         self.batches.join(STOP_S)  # a thread that is cut off inside the model can crash the process
 
     def check_open(self) -> None:
@@ -163,12 +166,51 @@ class Service:
         Raises:
             ApiError: 503.
         """
-        if self._is_closed:
-            raise busy(503, "The server is stopping.", "stopping")
+        if self._is_stopping:
+            raise _stopping()
+
+    def stop(self) -> None:
+        """Refuse requests from now on; those that are here go on."""
+        self._is_stopping = True
+
+    def end_all(self) -> None:
+        """End what `until_end` holds: no more can be waited for it."""
+        self._is_stopping = self._is_over = True
+        now = asyncio.get_running_loop().time()
+        for work in list(self._at_work):
+            work.reschedule(now)
+
+    @contextlib.asynccontextmanager
+    async def until_end(self) -> AsyncIterator[None]:
+        """Let the block go on until `end_all` is called.
+
+        Raises:
+            ApiError: 503, it was.
+        """
+        if self._is_over:
+            raise _stopping()
+        try:
+            async with asyncio.timeout(None) as work:
+                self._at_work.add(work)
+                try:
+                    yield
+                finally:
+                    self._at_work.remove(work)
+        except TimeoutError as error:
+            if work.expired():
+                raise _stopping() from error
+            raise
 
     def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Return a new folder for the files of one request, to be used in a ``with`` statement."""
-        return tempfile.TemporaryDirectory(dir=self._folder.name, ignore_cleanup_errors=True)
+        """Return a new folder for the files of one request, to be used in a ``with`` statement.
+
+        Raises:
+            ApiError: 503, it cannot be made.
+        """
+        try:
+            return self._scratch.folder()
+        except OSError as error:
+            raise busy(503, "The server cannot store the file now.", "no_room") from error
 
     def ends_at(self) -> float:
         """Return when the time of a request is over whose upload ends now, by the clock of the event loop."""
@@ -210,7 +252,7 @@ class Service:
         self._threads.submit(_go, lambda: self._walk(ticket, path, hotwords), post)
         while True:
             try:
-                async with asyncio.timeout_at(ends_at):
+                async with self.until_end(), asyncio.timeout_at(ends_at):
                     value = await found.get()
             except TimeoutError as error:
                 ticket.drop()
@@ -243,10 +285,16 @@ def _go(walk: Callable[[], Iterator[Segment]], post: Callable[[Segment | Excepti
         post(None)
 
 
+def _stopping() -> ApiError:
+    return busy(503, "The server is stopping.", "stopping")
+
+
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, DataError):
         return ApiError(422, f"The file {error.what}.", param="file", code="broken_file")
     if isinstance(error, Dropped):
-        return busy(503, "The server is stopping.", "stopping")
+        return _stopping()
+    if refused := lack_of_files(error):
+        return refused
     LOG.error("event=request_failed", exc_info=error)
     return ApiError(500, "The server failed on this file; its log says why.", code="failed")

@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 
 from speechllm.data import audio
+from speechllm.data.streaming import Forward
 from speechllm.errors import DataError
 
 if TYPE_CHECKING:
@@ -198,8 +199,9 @@ def _writing() -> Iterator[None]:
 def _blocks(source: Path, info: audio.AudioInfo, job: Job) -> Iterator[NDArray[np.float32]]:
     """Yield the samples [s] of the mean channel, block by block; what the header says is not believed."""
     seen = 0
-    with soundfile.SoundFile(str(source)) as stream:
-        for block in stream.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True):
+    with Forward(str(source)) as stream:
+        # not `stream.blocks`: its buffer keeps the block before where the file ends early
+        while len(block := stream.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
             seen += len(block)
             _check_length(seen, info.sample_rate_hz, job)
             if not np.isfinite(block).all():

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,13 +146,25 @@ def hasty(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 @contextlib.contextmanager
 def launched(model: Path, folder: Path, limits: dict[str, int]) -> Iterator[Server]:
     """Run a server with limits that the command line has no options for; check that it is well before and after."""
+    with stopped_after(model, folder, limits) as server:
+        yield server
+        server.assert_well()
+
+
+@contextlib.contextmanager
+def stopped_after(
+    model: Path, folder: Path, limits: dict[str, int], *, most_files: int | None = None, status: int = 75
+) -> Iterator[Server]:
+    """Run a server that may open so many files; check that it is well before, and ends with a status."""
     temporary, log = folder / "tmp", folder / "log"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     bounds = ["--max-bytes", MAX_BYTES, "--max-seconds", 60, "--max-queue", 4, "--rate", 0]
     arguments = [json.dumps(limits), "serve", "--model", model, "--port", 0, *bounds]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with log.open("wb") as stream:
-        process = subprocess.Popen([sys.executable, "-c", LAUNCH, *map(str, arguments)], stderr=stream, env=environment)
+        bounded = [] if most_files is None else ["prlimit", f"--nofile={most_files}:{most_files}"]
+        command = [*bounded, sys.executable, "-c", LAUNCH, *map(str, arguments)]
+        process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
         wait_until(lambda: b"url=" in log.read_bytes() or process.poll() is not None, seconds=200)
         url = log.read_text(encoding="utf-8").partition("url=")[2].split()[0]
@@ -161,13 +174,12 @@ def launched(model: Path, folder: Path, limits: dict[str, int]) -> Iterator[Serv
             server = Server(process, port, temporary, sound, client, log)
             server.assert_well()
             yield server
-            server.assert_well()
-        assert b"Traceback" not in log.read_bytes()
     finally:
         process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
-    assert status == 75, log.read_text(encoding="utf-8")
-    assert list(temporary.iterdir()) == []
+        ended = process.wait(60)
+    assert b"Traceback" not in log.read_bytes()
+    assert ended == status, log.read_text(encoding="utf-8")
+    assert status < 0 or list(temporary.iterdir()) == []
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str]:
@@ -291,3 +303,54 @@ def test_50_who_leaves_takes_his_request_with_him(server: Server) -> None:
     wait_until(lambda: not Path(f"/proc/{held}").exists())
     server.raw(request(len(sound)) + sound).close()
     server.assert_well()
+
+
+def test_50_many_idle_connections_and_few_files_leave_the_server_well(model: Path, tmp_path: Path) -> None:
+    with stopped_after(model, tmp_path, {}, most_files=96) as server, contextlib.ExitStack() as stack:
+        for number in range(300):
+            idle = stack.enter_context(socket.socket())
+            idle.settimeout(0)
+            idle.bind((f"127.0.0.{2 + number % 3}", 0))
+            idle.connect_ex(("127.0.0.1", server.port))
+        time.sleep(2)
+        assert len(server.log.read_bytes().splitlines()) < 20
+        stack.close()
+        wait_until(lambda: answers(server))
+        server.assert_well()
+
+
+def answers(server: Server) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return server.busy() == 0
+    return False
+
+
+# 51: a server that is stopped or killed while it has work
+
+
+def test_a_stop_tells_those_who_wait_and_is_no_fault(model: Path, tmp_path: Path) -> None:
+    """The body of one never ends; the decoder of the other hangs."""
+    with ThreadPoolExecutor(2) as pool, stopped_after(model, tmp_path, {}) as server:
+        hanging = pool.submit(server.post, server.sound + HANG)
+        server.held()
+        endless = server.raw(request(100_000) + HEAD)
+        wait_until(lambda: server.busy() == 2)
+        server.process.send_signal(signal.SIGTERM)
+        assert code_of(hanging.result()) == (503, "stopping")
+        with endless:
+            answer = endless.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"code":"stopping"' in answer
+
+
+def test_what_a_killed_server_held_is_removed_by_the_next(model: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    with (
+        stopped_after(model, tmp_path, {}, status=-signal.SIGKILL) as server,
+        server.raw(request(100_000) + HEAD + server.sound),
+    ):
+        wait_until(lambda: any(path.is_file() for path in temporary.rglob("*")))
+        server.process.kill()
+    (left,) = temporary.iterdir()
+    with stopped_after(model, tmp_path, {}):
+        assert not left.exists()

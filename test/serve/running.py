@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from uvicorn import Server
 
     from speechllm.decode.hotwords import Hotwords
     from speechllm.decode.longform import Recognizer
@@ -113,9 +114,9 @@ def walk_parts(ticket: Ticket, path: Path, hotwords: Hotwords | None) -> Iterato
 class Running:
     """A server that answers at `url`."""
 
-    def __init__(self, service: Service, port: int) -> None:
+    def __init__(self, service: Service, server: Server, thread: threading.Thread, port: int) -> None:
         """Name its parts."""
-        self.service, self.port = service, port
+        self.service, self.server, self.thread, self.port = service, server, thread, port
         self.url = f"http://127.0.0.1:{port}"
         # one client, because each makes a TLS context; a connection a request, because the server ends idle ones
         bounds = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -150,18 +151,20 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @contextlib.contextmanager
-def serving(model: Recognizer, limits: Limits | None = None, walk: Walk = walk_parts) -> Iterator[Running]:
+def serving(
+    model: Recognizer, limits: Limits | None = None, walk: Walk = walk_parts, *, is_local: bool = False
+) -> Iterator[Running]:
     """Run a server in a thread."""
     limits = limits or Limits(rate_per_min=0)
     service = Service(model, limits, name="mini", walk=walk)
-    server = make_server(create_app(service), limits)
+    server = make_server(create_app(service, is_local=is_local), service)
     with contextlib.closing(service), listen("127.0.0.1", 0) as sock:
         service.start()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
             wait_until(lambda: server.started)
-            running = Running(service, sock.getsockname()[1])
+            running = Running(service, server, thread, sock.getsockname()[1])
             with running.client:
                 yield running
         finally:

@@ -23,12 +23,15 @@ import soundfile
 from bombs import flac_bomb
 from running import PATH, FakeModel, Running, numbered, serving, wait_until, wav
 
-from speechllm.data import audio
+from speechllm.data import audio, streaming
 from speechllm.decode.result import Segment
+from speechllm.serve import unpacker
 from speechllm.serve.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from speechllm.decode.hotwords import Hotwords
     from speechllm.serve.decoding import Unpacker
@@ -53,7 +56,7 @@ def request(length: int | None, *lines: str) -> bytes:
     """Return the headers of an upload."""
     size = [] if length is None else [f"Content-Length: {length}"]
     kind = f"Content-Type: multipart/form-data; boundary={BOUNDARY}"
-    return "\r\n".join([f"POST {PATH} HTTP/1.1", "Host: here", kind, *size, *lines, "", ""]).encode()
+    return "\r\n".join([f"POST {PATH} HTTP/1.1", "Host: localhost", kind, *size, *lines, "", ""]).encode()
 
 
 def field(name: str, value: str) -> bytes:
@@ -204,7 +207,7 @@ def test_a_bomb_that_lies_about_its_length_is_unpacked_as_far_as_it_says(running
 def written(running: Running) -> int:
     """Return the bytes that requests have left on the disk."""
     running.wait_free()
-    return sum(path.stat().st_size for path in Path(running.service._folder.name).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in running.service._scratch.path.rglob("*") if path.is_file())
 
 
 def test_a_sound_of_many_channels_may_not_unpack_to_more_than_it_may() -> None:
@@ -313,6 +316,34 @@ def test_no_memory_for_a_decoder_is_the_files_fault() -> None:
 def test_files_that_are_no_sound_or_a_broken_one(running: Running, data: bytes, status: int, message: str) -> None:
     answer = running.post(data)
     assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+def mp3(wave: NDArray[np.float32], rate_hz: int = audio.SAMPLE_RATE_HZ) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, rate_hz, format="MP3")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("seconds", [1, 3, 20])
+def test_an_mp3_that_is_cut_is_told_and_no_speech_made_up(running: Running, seconds: int) -> None:
+    """A block that ends early must not keep what the block before held."""
+    whole = mp3(np.random.default_rng(7).normal(0, 0.1, seconds * 16_000).astype(np.float32))
+    assert running.post(whole).status_code == 200
+    answer = running.post(whole[: len(whole) * 55 // 100])
+    assert code_of(answer) == (422, "broken_file")
+    assert "is cut short" in answer.text
+
+
+@pytest.mark.parametrize("rate_hz", [16_000, 44_100])
+def test_an_mp3_unpacks_to_the_samples_that_are_read_elsewhere(tmp_path: Path, rate_hz: int) -> None:
+    source, target = tmp_path / "a.mp3", tmp_path / "plain.wav"
+    wave = np.random.default_rng(7).normal(0, 0.1, 9 * rate_hz).astype(np.float32)
+    source.write_bytes(mp3(wave, rate_hz))
+    assert unpacker._copy(unpacker.Job(str(source), str(target), 60, 10**9, 1 << 29, 60)) == 9.0
+    unpacked, read = audio.read(target), np.concatenate(list(streaming.blocks(source)))
+    assert np.abs(unpacked - audio.read(source)).max() < 1e-6
+    assert len(unpacked) == len(read)
+    assert np.abs(unpacked - read).max() < 1e-5
 
 
 def test_samples_that_are_no_numbers_are_refused(running: Running) -> None:
