@@ -31,6 +31,10 @@ READ_AGAIN = "replace the file or take it out of wav.scp"
 # libsndfile reads a file that was cut short as a shorter one, and says so only in its log
 CUT_SHORT = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 SILENT_MIX = 0.01  # of the loudest channel: what is left when channels cancel each other
+ID3_HEADER_BYTES = 10
+MP3_FRAME_BYTES = 1500  # the longest has 1,441
+ESTIMATE_PART = 0.9
+"""Part of the samples that must be there where their number is a guess."""
 OGG_PAGE = b"OggS"  # what each page of an Ogg file begins with
 OGG_HEADER_BYTES = 27
 OGG_LAST = 0x04  # the bit of a page's type that says: the stream ends here
@@ -45,6 +49,13 @@ class AudioInfo:
     sample_rate_hz: int
     num_samples: int
     num_channels: int
+    is_estimate: bool = False
+    """Whether the number of samples is a guess, as that of an MP3 that does not say."""
+
+    @property
+    def least_samples(self) -> int:
+        """Return how many samples must be there, or the file is cut short."""
+        return int(ESTIMATE_PART * self.num_samples) if self.is_estimate else self.num_samples
 
     @property
     def duration_s(self) -> float:
@@ -68,7 +79,8 @@ def inspect(path: Path) -> AudioInfo:
             raise DataError(path, f"is cut short: {there} of {claimed} bytes are there", READ_AGAIN)
     if header.format == "OGG":
         require_last_page(path, READ_AGAIN)
-    info = AudioInfo(header.samplerate, header.frames, header.channels)
+    is_estimate = header.format == "MP3" and not _counts_frames(path)
+    info = AudioInfo(header.samplerate, header.frames, header.channels, is_estimate=is_estimate)
     if not MIN_SAMPLE_RATE_HZ <= info.sample_rate_hz <= MAX_SAMPLE_RATE_HZ:
         raise DataError(path, f"has a sample rate of {info.sample_rate_hz} Hz", READ_AGAIN)
     common_hz = math.gcd(info.sample_rate_hz, SAMPLE_RATE_HZ)
@@ -82,6 +94,18 @@ def inspect(path: Path) -> AudioInfo:
     if info.duration_s > MAX_DURATION_S:
         raise DataError(path, f"lasts {info.duration_s:.0f} s", "cut it into recordings of four hours at most")
     return info
+
+
+def _counts_frames(path: Path) -> bool:
+    """Return whether an MP3 says in its first frame how many there are; else libsndfile guesses by the file's size."""
+    with path.open("rb") as file:
+        head = file.read(ID3_HEADER_BYTES)
+        if head[:3] == b"ID3":  # its size has seven bits a byte
+            file.seek(sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)), os.SEEK_CUR)
+        else:
+            file.seek(0)
+        frame = file.read(MP3_FRAME_BYTES)
+    return any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
 
 
 def require_file(path: Path, fix: str, fix_special: str) -> None:
@@ -143,7 +167,7 @@ def read(path: Path, start_s: float = 0.0, end_s: float | None = None) -> NDArra
         wave, _ = soundfile.read(os.fsencode(path), start=first, stop=last, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise DataError(path, f"cannot be decoded ({_reason(error)})", READ_AGAIN) from error
-    if len(wave) != last - first:
+    if first + len(wave) < (info.least_samples if end_s is None else last):
         what = f"is cut short: {first + len(wave)} of {info.num_samples} samples are there"
         raise DataError(path, what, READ_AGAIN)
     if not np.isfinite(wave).all():

@@ -79,7 +79,8 @@ def blocks(path: Path, start_s: float = 0.0, end_s: float | None = None) -> Iter
     if not 0 <= first < last <= info.num_samples:
         where = f"{start_s:.3f} to {last / info.sample_rate_hz:.3f} s"
         raise DataError(path, f"has no {where}: it lasts {info.duration_s:.3f} s", "mend segments")
-    yield from resampled(_read(path, first, last), info.sample_rate_hz)
+    least = info.least_samples if end_s is None else last
+    yield from resampled(_read(path, first, last, least), info.sample_rate_hz)
 
 
 def _inspect(path: Path) -> audio.AudioInfo | None:
@@ -99,8 +100,8 @@ def _inspect(path: Path) -> audio.AudioInfo | None:
         raise DataError(error.where, error.what, fix) from error
 
 
-def _read(path: Path, first: int, last: int) -> Iterator[NDArray[np.float32]]:
-    """Yield the samples from `first` to `last` at the rate of the file, channels averaged."""
+def _read(path: Path, first: int, last: int, least: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the samples from `first` to `last`, or the end behind `least`, at the file's rate, channels averaged."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(Forward(os.fsencode(path)))
@@ -110,6 +111,8 @@ def _read(path: Path, first: int, last: int) -> Iterator[NDArray[np.float32]]:
             file.read(lead_in)
             while first < last:
                 block = file.read(min(size, last - first), dtype="float32", always_2d=True)
+                if not len(block) and first >= least:
+                    return
                 if not len(block):
                     raise DataError(path, f"is cut short: {first} of {file.frames} samples are there", FIX)
                 first += len(block)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Never
 import numpy as np
 import pytest
 import soundfile
+import tiny
 
 from speechllm.data import audio, streaming
 from speechllm.errors import DataError
@@ -252,3 +253,21 @@ def test_a_film_without_a_sound_track_is_told(tmp_path: Path, program: str) -> N
     pictures = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=5:duration=1"]
     subprocess.run([program, "-v", "error", *pictures, str(tmp_path / "film.mkv")], check=True)
     assert fault(tmp_path / "film.mkv") == "film.mkv: has no sound track; name a file with sound"
+
+
+def test_an_mp3_that_does_not_say_how_long_it_is_is_read_by_all(tmp_path: Path) -> None:
+    """libsndfile guesses more samples than there are."""
+    audio.write_wav(tmp_path / "a.wav", tiny.wave(16_000 * 25), 16_000)
+    path = tmp_path / "a.mp3"
+    command = [str(streaming._ffmpeg()), "-v", "error", "-i", str(tmp_path / "a.wav"), "-write_xing", "0", str(path)]
+    subprocess.run(command, check=True)
+    info = audio.inspect(path)
+    whole = np.concatenate(list(streaming.blocks(path)))
+    assert info.is_estimate
+    assert len(whole) < info.num_samples
+    assert len(audio.read(path)) == len(whole)
+    tag = b"ID3\x04\x00\x00\x00\x00\x00\x05" + b"Xing."  # of the title, say, and not of the frames
+    path.write_bytes(tag + path.read_bytes())
+    assert audio.inspect(path).is_estimate
+    soundfile.write(path, tiny.wave(16_000 * 25), 16_000, format="MP3")
+    assert not audio.inspect(path).is_estimate
