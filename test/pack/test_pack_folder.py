@@ -49,6 +49,7 @@ def texts(folder: Path) -> list[str]:
     return [one.text for one in SpeechLLM.from_pretrained(folder, "cpu").recognize(waves, words=False)]
 
 
+@pytest.mark.slow
 def test_the_adapter_form_writes_the_same_texts(exp: Path, tmp_path: Path) -> None:
     assert pack(exp, tmp_path / "packed", PackOptions())
     assert texts(tmp_path / "packed") == texts(exp / "model")
@@ -80,6 +81,7 @@ def test_the_merged_language_model_is_an_ordinary_folder(exp: Path, merged: Path
         torch.testing.assert_close(model(ids).logits, ours.model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_language_model_that_was_trained_whole_is_packed_in_both_forms(tmp_path: Path) -> None:
     lm = {"name": str(tmp_path / "lm"), "dtype": "float32", "train": True}
     exp = packing_model.experiment(tmp_path, lm=lm, lora=None)

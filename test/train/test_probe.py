@@ -60,6 +60,7 @@ def test_what_fits_is_let_through_and_leaves_no_gradient(folders: tuple[Path, Pa
     assert all(value.grad is None for value in task.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_what_does_not_fit_is_refused_with_a_budget_that_does(
     folders: tuple[Path, Path], error: type[Exception]
@@ -128,6 +129,7 @@ def test_blocks_that_are_computed_twice_keep_less(folders: tuple[Path, Path]) ->
 
 # torch's compiler hides its own warnings while it looks at tensors, but not from a filter that makes them errors
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_compiled_blocks_have_the_same_gradients(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # the graphs are what is ours to get right; making machine code of them takes minutes on a CPU
     whole = torch.nn.Module.compile

@@ -442,6 +442,7 @@ def test_samples_and_speed_are_shown(tmp_path: Path) -> None:
     assert "今日は\\|晴れ | 今日は荒れ" in texts.tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.slow
 def test_curves_go_to_weights_and_biases_too_where_a_project_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
