@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,12 @@ def flip_at(path: Path, place: int) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def is_filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def wait_until_filled(path: Path, process: subprocess.Popen[str]) -> None:
+    """Return once a process has written to a file, or has ended."""
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while not (path.is_file() and path.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def children(pid: int) -> list[int]:

@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
 from safetensors.torch import load_file
-from scenes import children, is_filled
+from scenes import children, wait_until_filled
 
 from speechllm.config import load as configs
 
@@ -95,10 +94,7 @@ def test_35_two_processes_whose_shares_differ_end_in_the_bits_of_one(alone: Sett
 def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None:
     metrics = alone.folder / "both/metrics.jsonl"
     with subprocess.Popen(alone.command("both", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + TIME_LIMIT_S
-        while not is_filled(metrics) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_filled(metrics, process)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=TIME_LIMIT_S)
     assert process.returncode == 75, stderr
@@ -110,10 +106,7 @@ def test_27_a_run_of_two_that_was_stopped_goes_on_as_one(alone: Setting) -> None
 def test_27_a_run_of_two_one_of_which_is_killed_tells_it_and_goes_on_to_the_same(alone: Setting) -> None:
     metrics = alone.folder / "bereft/metrics.jsonl"
     with subprocess.Popen(alone.command("bereft", "--ngpu", "2"), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + TIME_LIMIT_S
-        while not is_filled(metrics) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_filled(metrics, process)
         os.kill(children(process.pid)[1], signal.SIGKILL)
         _, stderr = process.communicate(timeout=TIME_LIMIT_S)
     assert process.returncode == 2, stderr
