@@ -103,6 +103,9 @@ class _Running:
             signal.pidfd_send_signal(self.pid_number, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.pid_number)
+        with contextlib.suppress(OSError):  # the server has closed its end
+            # for a sibling too that was forked a moment ago and has not closed its copy yet
+            self.answers.shutdown(socket.SHUT_RDWR)
         self.answers.close()
 
 
@@ -126,7 +129,7 @@ def _fork(job: bytes, answers: socket.socket) -> _Running:
 
 
 def _close_all_but(number: int) -> None:
-    """Close what came along: a socket of another process would not end with that process as long as it is open here."""
+    """Close what came along: a decoder that was taken over reaches no socket of another one."""
     for opened in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         if opened > STDERR and opened != number:
             with contextlib.suppress(OSError):  # the list's own has gone

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,16 @@ def test_a_decoder_that_crashes_is_told_while_another_runs() -> None:
         os.kill(pids[1], signal.SIGKILL)
         assert "made its decoder fail" in answers[1].result().text
         assert running.alive()
+
+
+def test_the_end_of_a_decoder_is_told_while_a_sibling_holds_a_copy_of_its_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs.dup():  # as a sibling has one that was forked a moment ago
+        process = subprocess.Popen(["sleep", "60"])
+        unpacker._Running(process.pid, os.pidfd_open(process.pid), theirs).end()
+        process.wait()
+        ours.settimeout(10)
+        assert ours.recv(1) == b""
 
 
 def fill_disk(running: Running) -> None:
