@@ -16,6 +16,15 @@ EXIT_USER = 2
 EXIT_STOPPED = 75
 
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+"""Characters that would have a terminal do something."""
+
+
+def one_line(text: str) -> str:
+    """Return a text with blanks for line breaks and escapes for other control characters: names come from outside."""
+    return " ".join(text.split()).translate(CONTROLS)
+
+
 class UserError(Exception):
     """The user's input is at fault: says where it is, what is wrong, and what mends it.
 
@@ -23,10 +32,8 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str | Path, what: str, fix: str) -> None:
-        """Join the three parts into one line; line breaks inside them become blanks."""
-        self.where = " ".join(str(where).split())
-        self.what = " ".join(what.split())
-        self.fix = " ".join(fix.split())
+        """Join the three parts into one line, each as `one_line` has it."""
+        self.where, self.what, self.fix = one_line(str(where)), one_line(what), one_line(fix)
         super().__init__(f"{self.where}: {self.what}; {self.fix}")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
@@ -107,7 +114,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def shown(error: BaseException) -> str:
     """Return the beginning of what an error says, on one line."""
-    return " ".join(str(error).split())[:SHOWN] or type(error).__name__
+    return one_line(str(error))[:SHOWN] or type(error).__name__
 
 
 def told(error: BaseException) -> int:
@@ -130,7 +137,7 @@ def told(error: BaseException) -> int:
 
 def fail(message: str, status: int) -> int:
     """Tell a fault in one line on stderr, and return `status`."""
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     return status
 
 

@@ -25,6 +25,10 @@ def test_line_breaks_inside_a_fault_become_blanks() -> None:
     assert str(DataError("a", "b\nc", "d\r\n e")) == "a: b c; d e"
 
 
+def test_names_from_outside_move_no_terminal() -> None:
+    assert str(DataError("\x1b[2Ja.wav", "\x9b1mis\x07", "京都\u3000だ")) == r"\x1b[2Ja.wav: \x9b1mis\x07; 京都 だ"
+
+
 CANNOT = f"[Errno {errno.ENOMEM}] Cannot allocate memory"
 STANDS = "free some, or choose a smaller batch or model, and run again: what was there before still stands"
 ENDS = [
@@ -53,6 +57,11 @@ ENDS = [
         "error: x: Too many open files; raise ulimit -n and run again",
     ),
     (OSError(errno.ECONNRESET, "Connection reset", "x"), 1, "error: x: Connection reset; mend it and run again"),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file", "\x1b]0;x\x07"),
+        2,
+        r"error: \x1b]0;x\x07: No such file; mend it and run again",
+    ),
     (Stopped("at step 3"), 75, "stopped: at step 3"),
     (KeyboardInterrupt(), 75, "stopped: by the keyboard"),
 ]

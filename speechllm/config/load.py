@@ -22,6 +22,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_DEPTH = 50  # of lists and mappings in each other: PyYAML's scanner takes time in the square of it
 EXTENDS = "extends"
 PLAIN_NAME = re.compile(r"[\w-]+\.yaml")
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 REFUSED = {yaml.AliasToken: "aliases are", yaml.TagToken: "tags are"}
 OPENING = (
     yaml.BlockMappingStartToken,
@@ -50,6 +51,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     return built
 
 
+def _str(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """Build a text; escapes write what no file of UTF-8 and no path holds."""
+    text = str(loader.construct_scalar(node))
+    if NO_TEXT.search(text):
+        where = f"{loader.name}:{node.start_mark.line + 1}"
+        raise ConfigError(where, f"{json.dumps(text[:80])} holds NUL or half a character", "write whole characters")
+    return text
+
+
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     # YAML 1.1 takes 010 for 8 and 1:30 for 90
     return int(loader.construct_scalar(node).replace("_", ""))
@@ -60,6 +70,7 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _str)
 # YAML 1.1 reads `no` as false: as in YAML 1.2, only these are truth values
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:bool"]

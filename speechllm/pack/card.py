@@ -93,8 +93,8 @@ def _indexed(score: Score) -> dict[str, Any]:
         "task": {"type": "automatic-speech-recognition"},
         "dataset": {"name": score.data, "type": score.data},
         "metrics": [
-            {"type": metric.name, "name": SHOWN[metric.name], "value": round(100 * metric.value, 2)}
-            for metric in score.metrics
+            {"type": name, "name": SHOWN[name], "value": round(100 * rate.value, 2)}
+            for name, rate in score.rates.items()
         ],
     }
 
@@ -170,11 +170,11 @@ def _scores(facts: Facts) -> str:
         return "## Scores\n\nNone were given to the program that wrote this card.\n"
     lines = ["## Scores\n", "| set | utterances | metric | % | 95 % interval |", "| --- | --- | --- | --- | --- |"]
     for score in facts.scores:
-        for metric in score.metrics:
-            value, low, high = (f"{100 * one:.2f}" for one in (metric.value, metric.low, metric.high))
-            lines.append(f"| {score.data} | {score.num_utts} | {SHOWN[metric.name]} | {value} | {low} to {high} |")
+        for name, rate in score.rates.items():
+            value, low, high = (f"{100 * one:.2f}" for one in (rate.value, *rate.ci95))
+            lines.append(f"| {score.data} | {score.num_utts} | {SHOWN[name]} | {value} | {low} to {high} |")
     lines.append("\nHow each figure came about (figures of equal signatures can be compared):\n")
-    lines += sorted({f"* `{metric.signature}`" for score in facts.scores for metric in score.metrics})
+    lines += sorted({f"* `{rate.signature}`" for score in facts.scores for rate in score.rates.values()})
     return "\n".join(lines) + "\n"
 
 

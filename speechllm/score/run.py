@@ -164,7 +164,7 @@ def _score_systems(
     Raises:
         ConfigError: names are not as many as files, or two are the same.
     """
-    names = names or [_system_name(hyp) for hyp in hyps]
+    names = names or _system_names(hyps)
     if len(names) != len(hyps) or len(set(names)) != len(names):
         raise ConfigError(
             "names",
@@ -172,6 +172,23 @@ def _score_systems(
             "give each system a name of its own",
         )
     return [_score_system(ref, hyp, name, options) for hyp, name in zip(hyps, names, strict=True)]
+
+
+def _system_names(hyps: Sequence[Path]) -> list[str]:
+    """Names of several, with as many folders in front as tell them apart.
+
+    Raises:
+        ConfigError: a file is there twice.
+    """
+    folders = [hyp.resolve().parent.parts[: -1 if hyp.name == "text" else None] for hyp in hyps]
+    for depth in range(1 + max(map(len, folders))):
+        names = [
+            "/".join([*parts[max(0, len(parts) - depth) :], _system_name(hyp)])
+            for hyp, parts in zip(hyps, folders, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("--hyp", "names one file twice", "give each system once")
 
 
 def _system_name(hyp: Path) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,10 +12,13 @@ from speechllm.config.load import read_yaml
 from speechllm.errors import ConfigError, DataError
 from speechllm.runtime import sha256, write_text
 from speechllm.score.layout import Grid, as_latex, as_markdown
+from speechllm.score.record import AGAIN, read_score_file
 from speechllm.score.signature import made_by, tool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from speechllm.score.record import Rate, ScoreFile
 
 METRICS = {"cer": "CER %", "wer": "WER %"}
 SEED = "{seed}"
@@ -82,7 +84,7 @@ class Entry:
     name: str
     row: Row
     command: str
-    score: dict[str, Any] | None
+    score: ScoreFile | None
     kept: bool
     """Whether the score is the one in the repository."""
 
@@ -144,27 +146,22 @@ def _entries(row: Row) -> list[Entry]:
     return entries
 
 
-def _read_score(path: Path, name: str) -> dict[str, Any] | None:
-    """Return the content of a score file, None where there is none."""
+def _read_score(path: Path, name: str) -> ScoreFile | None:
+    """Return what a score file says, None where there is none."""
     if not path.is_file():
         return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _ = content["metrics"]["cer"]["value"], content["num_utts"]
-        scorer, hypotheses = made_by(str(content["signature"])), content["made_from"]["hyp_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(path, f"is no score file of ours ({error!r})", "run stage 5 again") from error
-    if scorer != tool():
-        raise DataError(path, f"of row {name} was made by {scorer}, this is {tool()}", "run stage 5 again")
+    found = read_score_file(path)
+    if (scorer := made_by(found.signature)) != tool():
+        raise DataError(path, f"of row {name} was made by {scorer}, this is {tool()}", AGAIN)
     beside = path.parent / "text"
-    if beside.is_file() and sha256(beside) != hypotheses:
-        raise DataError(path, f"is older than the hypotheses of row {name}", "run stage 5 again")
-    return content
+    if beside.is_file() and sha256(beside) != found.made_from.hyp_sha256:
+        raise DataError(path, f"is older than the hypotheses of row {name}", AGAIN)
+    return found
 
 
 def _grid(table: Table) -> Grid:
     entries = [entry for row in table.rows for entry in _entries(row)]
-    groups = sorted({name for entry in entries if entry.score for name in entry.score.get("groups", {})})
+    groups = sorted({name for entry in entries if entry.score for name in entry.score.groups})
     published = any(row.published for row in table.rows)
     head = ["system", "trained"]
     for title in METRICS.values():
@@ -176,9 +173,9 @@ def _grid(table: Table) -> Grid:
 
 def _cells(entry: Entry, groups: Sequence[str], *, published: bool) -> list[str]:
     """Return the cells of a line; where there was no run, the first measured one names the command."""
-    score = entry.score or {"metrics": {}, "num_utts": ""}
-    measured = {name: _metric(score["metrics"].get(name)) for name in METRICS}
-    if entry.score is None:
+    score = entry.score
+    measured = {name: _rate(score.metrics.get(name) if score else None) for name in METRICS}
+    if score is None:
         measured["cer"] = f"not run: `{entry.command}`"
     cells = [entry.name, _trained(entry)]
     for name, shown in measured.items():
@@ -186,30 +183,26 @@ def _cells(entry: Entry, groups: Sequence[str], *, published: bool) -> list[str]
             value = getattr(entry.row.published, name, None)
             cells.append("" if value is None else f"{100 * value:.1f}")
         cells.append(shown)
-    cells += [_metric(score.get("groups", {}).get(name, {}).get("metrics", {}).get("cer")) for name in groups]
-    return [*cells, str(score["num_utts"])]
+    found = score.groups if score else {}
+    cells += [_rate(found[name].metrics.get("cer") if name in found else None) for name in groups]
+    return [*cells, str(score.num_utts) if score else ""]
 
 
-def _metric(metric: dict[str, Any] | None) -> str:
-    if metric is None:
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
         return ""
-    low, high = metric["ci95"]
-    return f"{100 * metric['value']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+    low, high = rate.ci95
+    return f"{100 * rate.value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def _trained(entry: Entry) -> str:
     """Return trainable parameters and time of a run of ours, or the published number of parameters."""
-    training = _run(entry).get("training") or {}
-    if not training:
+    training = entry.score.made_from.run.training if entry.score else None
+    if training is None or training.trainable is None or training.minutes is None:
         return entry.row.published.trainable if entry.row.published else ""
-    minutes = training["minutes"]
+    minutes = training.minutes
     took = f"{minutes / 60:.1f} h" if minutes > 120 else f"{minutes:.0f} min"  # noqa: PLR2004 - two hours
-    return f"{training['trainable'] / 1e6:.1f}M, {took}"
-
-
-def _run(entry: Entry) -> dict[str, Any]:
-    run: dict[str, Any] = entry.score["made_from"].get("run", {}) if entry.score else {}
-    return run
+    return f"{training.trainable / 1e6:.1f}M, {took}"
 
 
 def _notes(table: Table, entries: Sequence[Entry]) -> list[str]:
@@ -222,21 +215,24 @@ def _notes(table: Table, entries: Sequence[Entry]) -> list[str]:
             sources.setdefault(row.published.source, []).append(row.name)
     notes += [f"published figures of {'; '.join(names)}: {source}" for source, names in sources.items()]
     notes += [f"{entry.name}: {_origin(entry)}" for entry in entries if entry.score]
-    signatures = {entry.score["signature"]: None for entry in entries if entry.score}
+    signatures = {entry.score.signature: None for entry in entries if entry.score}
     return notes + [f"signature: `{signature}`" for signature in signatures]
 
 
 def _origin(entry: Entry) -> str:
     """Return what was run on what, as far as the score file knows."""
     assert entry.score is not None
-    run = _run(entry)
+    made_from, run = entry.score.made_from, entry.score.made_from.run
     parts = ["score in the repository" if entry.kept else "run here"]
-    for name, value in (run.get("training") or {}).get("trained_on", {}).items():
-        parts.append(f"{name} {value}")
-    parts += [f"{name} {run[name]}" for name in ("source", "hypotheses", "data", "commit", "device") if run.get(name)]
-    model = run.get("model")
-    parts += [f"weights {model['fingerprint']} ({model['source']})"] if isinstance(model, dict) else []
-    parts += [f"{name} weights {value}" for name, value in (run.get("weights") or {}).items()]
-    versions = {} if "hypotheses" in run else run.get("versions", {})  # what made others' texts is not known
+    parts += [f"{name} {value}" for name, value in run.training.trained_on.items()]
+    parts += [
+        f"{name} {value}"
+        for name in ("source", "hypotheses", "data", "commit", "device")
+        if (value := getattr(run, name))
+    ]
+    if run.model:
+        parts.append(f"weights {run.model.fingerprint}" + (f" ({run.model.source})" if run.model.source else ""))
+    parts += [f"{name} weights {value}" for name, value in run.weights.items()]
+    versions = {} if run.hypotheses else run.versions  # what made others' texts is not known
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
-    return ", ".join([*parts, f"references {entry.score['made_from']['ref_sha256'][:12]}"])
+    return ", ".join([*parts, f"references {made_from.ref_sha256[:12]}"])

@@ -64,7 +64,7 @@ def create_app(service: Service, *, is_local: bool = False) -> FastAPI:
         app.add_middleware(LocalOnly, others=service.limits.hosts)
     _add_pages(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         service.check_open()
         counts = {"requests": service.places.taken, "segments_waiting": service.batches.waiting}

@@ -150,7 +150,7 @@ def test_a_score_of_another_model_is_refused(exp: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read as JSON"), ("[1]", "does not hold a JSON object"), ('{"metrics": {}}', "is no score file")],
+    [("{", "Invalid JSON"), ("[1]", "should be an object"), ('{"metrics": {}}', "signature: Field required")],
 )
 def test_what_is_no_score_file_is_refused(content: str, message: str, exp: Path, tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text(content, encoding="utf-8")

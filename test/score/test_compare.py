@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from speechllm import cli
 from speechllm.errors import ConfigError
 from speechllm.score.compare import segment_errors
 from speechllm.score.errors import Kind, Step, align
@@ -102,3 +103,20 @@ def test_systems_need_names_of_their_own_and_company(systems: tuple[Path, list[P
         compare_files(ref, [good, bad], OPTIONS, names=["a", "a"])
     with pytest.raises(ConfigError, match="at least two hypothesis files"):
         compare_files(ref, [good], OPTIONS)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(
+    systems: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ref, (good, bad, _) = systems
+    files = []
+    for source, place in ((good, "a/test/text"), (bad, "b/test/text"), (bad, "c/hyp.text"), (bad, "d/hyp.txt")):
+        files.append(tmp_path / place)
+        files[-1].parent.mkdir(parents=True)
+        files[-1].write_bytes(source.read_bytes())
+    assert cli.run(["compare", "--ref", str(ref), "--hyp", str(files[0]), "--hyp", str(files[1])]) == 0
+    assert "a/test - b/test: " in capsys.readouterr().out
+    assert cli.run(["compare", "--ref", str(ref), "--hyp", str(files[2]), "--hyp", str(files[3])]) == 0
+    assert "c/hyp - d/hyp: " in capsys.readouterr().out
+    assert cli.run(["compare", "--ref", str(ref), "--hyp", str(good), "--hyp", str(good)]) == 2
+    assert capsys.readouterr().err == "error: --hyp: names one file twice; give each system once\n"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from speechllm import cli
 from speechllm.errors import ConfigError, DataError
 from speechllm.score.signature import tool
 from speechllm.score.table import write_table
@@ -81,7 +82,7 @@ def test_a_row_that_was_not_run_names_the_command_that_would_run_it(tmp_path: Pa
 def test_a_score_of_other_hypotheses_than_those_beside_it_is_refused_by_name(tmp_path: Path, description: Path) -> None:
     score = write_score(tmp_path / "ours", 0.05)
     (score.parent / "text").write_text("u1 あ\n", encoding="utf-8")
-    with pytest.raises(DataError, match="is older than the hypotheses of row ours; run stage 5 again"):
+    with pytest.raises(DataError, match="is older than the hypotheses of row ours; score again"):
         shown_of(description)
     assert not (tmp_path / "RESULTS.md").exists()
     assert not (tmp_path / "RESULTS.tex").exists()
@@ -89,7 +90,7 @@ def test_a_score_of_other_hypotheses_than_those_beside_it_is_refused_by_name(tmp
 
 def test_a_score_of_another_version_of_the_scorer_is_refused_by_name(tmp_path: Path, description: Path) -> None:
     write_score(tmp_path / "theirs", 0.05, signature="metric:cer|profile:default_v1|tool:speechllm-0.0.1")
-    with pytest.raises(DataError, match=r"of row theirs was made by speechllm-0\.0\.1, this is .*; run stage 5"):
+    with pytest.raises(DataError, match=r"of row theirs was made by speechllm-0\.0\.1, this is .*; score again"):
         shown_of(description)
 
 
@@ -148,6 +149,39 @@ def test_a_broken_score_file_is_refused(tmp_path: Path, description: Path, conte
     write_score(tmp_path / "ours", 0.05).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match="is no score file of ours"):
         shown_of(description)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"metrics": {"cer": {"value": "low", "ci95": [0, 1]}}}, "metrics.cer.value: "),
+        ({"metrics": {"cer": {"value": 0.5, "ci95": [0]}}}, "metrics.cer.ci95.1: "),
+        ({"metrics": {"cer": {"value": float("nan"), "ci95": [0, 1]}}}, "metrics.cer.value: "),
+        ({"metrics": {"wer": {"value": 0.5, "ci95": [0, 1]}}}, "metrics: cer is not there"),
+        ({"groups": ["unheard"]}, "groups: "),
+        ({"groups": {"unheard": None}}, "groups.unheard: "),
+        ({"num_utts": None}, "num_utts: "),
+        ({"made_from": {"hyp_sha256": "0", "ref_sha256": 7}}, "made_from.ref_sha256: "),
+        ({"made_from": {"hyp_sha256": "0", "ref_sha256": "", "run": {"training": {"minutes": "5"}}}}, "minutes: "),
+        ({"made_from": {"hyp_sha256": "0", "ref_sha256": "", "run": {"model": "m"}}}, "made_from.run.model: "),
+        ({"signature": "tool:\ud800"}, "Invalid JSON"),
+    ],
+)
+def test_a_field_of_a_score_file_that_is_none_of_ours_is_named(
+    tmp_path: Path, description: Path, changes: dict[str, object], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_score(tmp_path / "ours", 0.05, **changes)
+    assert cli.run(["table", str(description), "--out", str(tmp_path / "RESULTS.md")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/ours/score.json: is no score file of ours (")
+    assert fault in error
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_a_baseline_whose_origin_is_not_told_is_shown_by_its_weights(tmp_path: Path, description: Path) -> None:
+    run = {"model": {"name": "reazon", "fingerprint": "f00d"}, "worker": {"torch": "9"}}
+    write_score(tmp_path / "theirs", 0.05, made_from={"hyp_sha256": "0", "ref_sha256": "f" * 64, "run": run})
+    assert "* theirs: run here, weights f00d, references ffffffffffff" in shown_of(description)
 
 
 def test_an_unknown_key_of_the_description_is_refused(description: Path) -> None:

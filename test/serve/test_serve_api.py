@@ -214,6 +214,8 @@ def test_the_words_of_a_prompt_reach_the_model(running: Running) -> None:
 def test_health_models_and_unknown_paths(running: Running) -> None:
     health = httpx.get(running.url + "/health").json()
     assert health == {"status": "ok", "model": "mini", "requests": 0, "segments_waiting": 0}
+    asked = httpx.head(running.url + "/health")  # as load balancers do
+    assert (asked.status_code, asked.content) == (200, b"")
     for answer, status in ((httpx.get(running.url + "/nix"), 404), (httpx.get(running.url + PATH), 405)):
         assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
 
