@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from speechllm import dump_tables as tables
 from speechllm.data import archive, kaldi
-from speechllm.errors import DataError, ModelError
+from speechllm.dump_mark import Mark, read_mark
+from speechllm.errors import DataError
 from speechllm.folders import begin, finish, is_made, only_writer
 from speechllm.model import hub
 from speechllm.model.identity import identity
@@ -32,7 +33,6 @@ from speechllm.runtime import (
     hash_texts,
     pick_device,
     provenance,
-    read_json,
     sha256,
     worker_pool,
     write_json,
@@ -105,8 +105,7 @@ class Shard:
 
     def left_out(self) -> dict[str, str]:
         """Return the utterances that were left out when it was made, each with the reason."""
-        noted = read_json(self.mark).get("dropped")
-        return noted if isinstance(noted, dict) else {}
+        return read_mark(self.mark).dropped
 
 
 def dump(  # noqa: PLR0913 - the last by keyword
@@ -238,18 +237,19 @@ def _is_whole(shard: Shard) -> bool:
     if archive.suspect(shard.ark).exists() or not (shard.mark.exists() and shard.ark.exists() and scp.exists()):
         return False
     try:
-        mark = read_json(shard.mark)
+        mark = read_mark(shard.mark)
         made = archive.places(scp).keys()
-        if mark.get("fingerprint") != shard.fingerprint or made != shard.keys - shard.left_out().keys():
+        if mark.fingerprint != shard.fingerprint or not made == mark.frames.keys() == shard.keys - mark.dropped.keys():
             return False
-        if mark.get("seen") == _seen(shard.ark) and isinstance(mark.get("crc32"), dict):
+        if mark.seen == _seen(shard.ark) and mark.crc32.keys() == made:
             return True
-        if mark.get("sha256") != sha256(shard.ark):
+        if mark.sha256 != sha256(shard.ark):
             return False
         crcs = archive.checksums(shard.ark)
-    except (ModelError, DataError):
+    except DataError:
         return False
-    write_json(shard.mark, {**mark, "crc32": crcs, "seen": _seen(shard.ark)})  # a copy, or of before there were CRCs
+    # a copy, or of before there were CRCs
+    mark.model_copy(update={"crc32": crcs, "seen": _seen(shard.ark)}).write(shard.mark)
     return True
 
 
@@ -351,13 +351,19 @@ def _temporary(shard: Shard) -> Path:
 def _finish(shard: Shard, partial: Path, frames: Mapping[str, int]) -> None:
     """Put an archive that is whole in its place, and write its mark last."""
     assert frames.keys() == shard.keys
-    made = {"sha256": sha256(partial), "crc32": archive.checksums(partial), "frames": dict(frames)}
-    made |= {"dropped": dict(shard.dropped)} if shard.dropped else {}
+    sums, crcs = sha256(partial), archive.checksums(partial)
     with partial.open("rb") as written:
         os.fsync(written.fileno())
     partial.replace(shard.ark)
     partial.with_suffix(".scp").replace(shard.ark.with_suffix(".scp"))
-    write_json(shard.mark, {"fingerprint": shard.fingerprint, "seen": _seen(shard.ark), **made})
+    Mark(
+        fingerprint=shard.fingerprint,
+        seen=_seen(shard.ark),
+        sha256=sums,
+        crc32=crcs,
+        frames=dict(frames),
+        dropped=dict(shard.dropped),
+    ).write(shard.mark)
     archive.suspect(shard.ark).unlink(missing_ok=True)
     shutil.rmtree(partial.parent)
 

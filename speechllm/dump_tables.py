@@ -9,8 +9,9 @@ import shutil
 from typing import TYPE_CHECKING
 
 from speechllm.data import kaldi
+from speechllm.dump_mark import read_mark
 from speechllm.errors import DataError
-from speechllm.runtime import atomic_path, read_json, write_text
+from speechllm.runtime import atomic_path, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,10 +51,9 @@ def merge(data: kaldi.DataDir, out: Path, shards: Sequence[Shard], dropped: Mapp
     crcs: dict[str, str] = {}
     for shard in shards:
         places |= kaldi.read_table(shard.ark.with_suffix(".scp"))
-        for table, name in ((frames, "frames"), (crcs, "crc32")):
-            values = read_json(shard.mark)[name]
-            assert isinstance(values, dict)
-            table |= {key: str(value) for key, value in values.items()}
+        mark = read_mark(shard.mark)
+        frames |= {key: str(count) for key, count in mark.frames.items()}
+        crcs |= mark.crc32
     assert places.keys() == data.utterances.keys() - dropped.keys()
     _copy_tables(data, out, dropped)
     if new or not _names(out / "utt2dur", places):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SPEECHLLM_MODELS", None)
 
+for _number in (signal.SIGINT, signal.SIGHUP):
+    # nohup, or a shell that runs the tests in the background, has them ignored; commands under test would inherit that
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 SLOW_FOLDERS = {"recipe", "faults", "bench"}  # whole commands, struck, killed, measured
 

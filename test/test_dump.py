@@ -263,6 +263,20 @@ def test_a_shard_whose_places_are_damaged_is_made_again(
     assert files(out) == files(setting.done)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"frames": None}, {"frames": {}}, {"frames": {"a": 0}}, {"frames": {"a": "7"}}, {"dropped": ["a"]}, {"sha256": 7}],
+)
+def test_a_shard_whose_mark_is_damaged_is_made_again(
+    setting: Setting, out: Path, made: list[int], damage: dict[str, object]
+) -> None:
+    mark = out / "feats.0000.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    run(setting, out)
+    assert made == [0]
+    assert files(out) == files(setting.done)
+
+
 @pytest.mark.parametrize("content", ["", "a 1\n", "b feats.0000.ark:x\n"])
 @pytest.mark.parametrize("name", ["feats.scp", "utt2num_frames", "utt2crc"])
 def test_a_table_that_was_damaged_is_written_again(
