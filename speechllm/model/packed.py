@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.errors import ModelError
@@ -10,7 +11,6 @@ from speechllm.text.normalize import get_profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from speechllm.config.schema import Config
 
@@ -67,6 +67,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     pairs = [line.split("  ", maxsplit=1) for line in lines if line]
     if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004 - a sum and a name
         raise ModelError(path, "is no list of sums and file names", again)
+    if outside := next((name for _, name in pairs if ".." in Path(name).parts or Path(name).is_absolute()), None):
+        raise ModelError(path, f"names {outside}, which is not in the folder", again)
     return {name: digest for digest, name in pairs}
 
 

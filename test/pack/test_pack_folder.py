@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING
 
@@ -169,6 +170,26 @@ def test_the_sums_are_those_of_the_files_and_a_damaged_file_is_refused(exp: Path
     (out / TRAINED_FILE).write_bytes(blob)
     with pytest.raises(ModelError, match=r"trained.safetensors: is damaged: its SHA-256"):
         load_model(out)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b"00  ../../passwd", "names ../../passwd, which is not in the folder"),
+        (b"00  /dev/zero", "names /dev/zero, which is not in the folder"),
+        (b"00 model.json", "is no list of sums and file names"),
+        (b"00  \xff", "cannot be read"),
+        (b"0" * (1 << 20), "is larger than 1 MiB"),
+    ],
+)
+def test_a_list_of_sums_that_is_none_is_refused(exp: Path, tmp_path: Path, line: bytes, what: str) -> None:
+    out = tmp_path / "packed"
+    pack(exp, out, PackOptions())
+    with (out / "SHA256SUMS").open("ab") as stream:
+        stream.write(line + b"\n")
+    for read in (load_model, lambda folder: pack(exp, folder, PackOptions())):
+        with pytest.raises(ModelError, match=re.escape(what)):
+            read(out)
 
 
 def test_an_unknown_form_and_an_unknown_profile_are_refused(exp: Path, tmp_path: Path) -> None:
