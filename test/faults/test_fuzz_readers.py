@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,12 @@ from hypothesis import strategies as st
 from speechllm.config import load as configs
 from speechllm.data import archive, kaldi, pipes
 from speechllm.decode.hotwords import Hotwords, read_hotwords
+from speechllm.dump_mark import read_mark
 from speechllm.errors import DataError, UserError
+from speechllm.model import assemble
+from speechllm.score import table
 from speechllm.score.run import ScoreOptions, score_files
+from speechllm.score.signature import tool
 from speechllm.text.reading import katakana_reading
 
 if TYPE_CHECKING:
@@ -271,6 +276,80 @@ def test_score_inputs(  # noqa: PLR0913 - the files of a scoring
             assert made["metrics"]["cer"]["value"] == 0
 
     watch.outcome("score", len(ref) + len(hyp or ref) + len(extra), score)
+
+
+@st.composite
+def altered(draw: st.DrawFn, value: object) -> object:
+    """Return a value of JSON in which a part is another, or is gone."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 5)):
+        key = draw(st.sampled_from(sorted(value)))
+        others = {name: one for name, one in value.items() if name != key}
+        return {**others, key: draw(altered(value[key]))} if draw(st.integers(0, 3)) else others
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(altered(value[at])), *value[at + 1 :]]
+    return draw(VALUES | st.sampled_from(ODD))
+
+
+def read_a_table(path: Path) -> None:
+    description = path.with_name("table.yaml")
+    description.write_text(f"title: t\nabout: a\nrows: [{{name: n, score: {path}, command: c}}]\n", encoding="utf-8")
+    table.write_table([description], path.with_name("RESULTS.md"))
+
+
+def read_a_model(path: Path) -> None:
+    (path.parent / assemble.CONFIG_FILE).write_bytes(DEBUG.read_bytes())
+    (path.parent / assemble.TRAINED_FILE).touch()
+    assert assemble.read_model(path.parent)[1].width_h > 0
+
+
+RATE = {"value": 0.25, "ci95": [0.125, 0.5], "signature": f"metric:cer|tool:{tool()}"}
+TRAINING = {"trainable": 4, "minutes": 3.5, "trained_on": {"training set": "a", "training hours": 1.5}}
+RUN = {"training": TRAINING, "versions": {"torch": "2"}, "weights": {"encoder": "f0"}, "model": {"fingerprint": "f"}}
+RECORDS = {
+    "score.json": {
+        "signature": RATE["signature"],
+        "num_utts": 3,
+        "metrics": {"cer": RATE, "wer": RATE},
+        "groups": {"heard": {"metrics": {"cer": RATE}}},
+        "made_from": {"ref_sha256": "0", "hyp_sha256": "1", "run": RUN},
+    },
+    "feats.0000.json": {
+        "fingerprint": "f0",
+        "seen": {"bytes": 3, "mtime_ns": 4},
+        "sha256": "00",
+        "frames": {"u0": 3, "u1": 4},
+        "crc32": {"u0": "00", "u1": "01"},
+        "dropped": {"u2": "is cut short"},
+    },
+    "model.json": {
+        "format": 1,
+        "width_h": 6,
+        "encoder_fingerprint": "f0",
+        "lm_fingerprint": "f1",
+        "kept_ids": [1, 2, 5],
+        "text_profiles": ["train_v1"],
+    },
+}
+READ = {"score.json": read_a_table, "feats.0000.json": read_mark, "model.json": read_a_model}
+
+
+@often
+@given(data=st.data(), name=st.sampled_from(sorted(RECORDS)))
+def test_records(watch: Watch, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "records"
+    folder.mkdir(exist_ok=True)
+    blob = json.dumps(data.draw(altered(RECORDS[name]))).encode()
+    if data.draw(st.integers(0, 4)) == 0:
+        blob = data.draw(changed(blob))
+    (folder / name).write_bytes(blob)
+    watch.outcome("records", len(blob) + 1000, lambda: READ[name](folder / name))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_nothing_was_done_to_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(RECORDS[name]), encoding="utf-8")
+    READ[name](tmp_path / name)
 
 
 @often
