@@ -62,8 +62,11 @@ class Faults(Exception):  # noqa: N818 - carries faults, and is none itself
         super().__init__(f"{len(self.found)} faults")
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
-    """The run was asked to stop and has saved its state; running it again goes on."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved its state; running it again goes on.
+
+    As `KeyboardInterrupt` it is raised wherever a signal comes: no library may take it for an error of its own.
+    """
 
 
 TOLD = (UserError, Faults, Stopped, KeyboardInterrupt, OSError, MemoryError, BrokenExecutor)

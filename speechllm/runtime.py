@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "kaldiio", "jiwer", "speechllm")
+FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that outgoing connections take
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 

@@ -6,15 +6,32 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # models this small gain nothing from threads, which on a busy machine wait for each other; read when torch is loaded
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # no test may reach the network, nor depend on a user's own models
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SPEECHLLM_MODELS", None)
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+# nor take itself for a process of another training or job
+for _name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_")) and name != "SLURM_CONF"]:
+    del os.environ[_name]
+for _name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)
 
-for _number in (signal.SIGINT, signal.SIGHUP):
+# the same examples in every run, however slow the machine is
+hypothesis.settings.register_profile(
+    "gate",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("gate")
+
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     # nohup, or a shell that runs the tests in the background, has them ignored; commands under test would inherit that
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)

@@ -67,7 +67,6 @@ def in_this_process(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     assert setting.done.is_dir()
     tiny.HerePool.sizes.clear()
     monkeypatch.setattr(dumping, "UTTS_PER_SHARD", 2)
-    monkeypatch.setattr(dumping, "BEGIN_WAIT_S", 0.2)
     monkeypatch.setattr("speechllm.dump.worker_pool", tiny.HerePool)
 
 

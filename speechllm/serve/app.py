@@ -160,7 +160,7 @@ async def _transcribe(request: Request, service: Service) -> Response:
     uploads.check_length(request.headers.get("content-length"), service.limits)
     async with AsyncExitStack() as held:
         held.enter_context(service.places.take(address))
-        file = Path(held.enter_context(service.folder())) / "upload"
+        file = held.enter_context(service.folder()) / "upload"
         form = await _receive(request, file, service)
         ends_at = service.ends_at()
         options = Options.of(form, service.name, service.language)

@@ -30,8 +30,8 @@ class Scratch:
         _remove_abandoned(Path(tempfile.gettempdir()))
         self.path, self._lock = _make()
 
-    def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Return a new folder inside, to be used in a ``with`` statement.
+    def new_folder(self) -> Path:
+        """Return a new folder inside, which `remove` removes.
 
         Raises:
             OSError: it cannot be made.
@@ -47,16 +47,24 @@ class Scratch:
 
     def close(self) -> None:
         """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         self._unlock()
 
-    def _new(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(dir=self.path, ignore_cleanup_errors=True)
+    def _new(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.path))
 
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; a process that is being killed may make one more file in it meanwhile."""
+    for _ in range(TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def _make() -> tuple[Path, int | None]:

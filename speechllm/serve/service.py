@@ -16,10 +16,9 @@ from speechllm.serve.connections import lack_of_files
 from speechllm.serve.decoding import Unpacker
 from speechllm.serve.limits import STOP_S, ApiError, Limits, Places, Rates, busy
 from speechllm.serve.queue import Batches, Dropped, Ticket
-from speechllm.serve.scratch import Scratch
+from speechllm.serve.scratch import Scratch, remove
 
 if TYPE_CHECKING:
-    import tempfile
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
@@ -201,16 +200,21 @@ class Service:
                 raise _stopping() from error
             raise
 
-    def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """Return a new folder for the files of one request, to be used in a ``with`` statement.
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Yield a new folder for the files of one request, which is then removed.
 
         Raises:
             ApiError: 503, it cannot be made.
         """
         try:
-            return self._scratch.folder()
+            path = self._scratch.new_folder()
         except OSError as error:
             raise busy(503, "The server cannot store the file now.", "no_room") from error
+        try:
+            yield path
+        finally:
+            remove(path)
 
     def ends_at(self) -> float:
         """Return when the time of a request is over whose upload ends now, by the clock of the event loop."""

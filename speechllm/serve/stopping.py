@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from speechllm.serve.service import Service
 
-LAST_S = 1  # to tell those who still wait, and then for what ends with their connections
+LAST_S = 1  # to tell those who still wait
+HANGS_S = 30  # after which uvicorn cancels what should have ended
 
 
 class Server(uvicorn.Server):
@@ -23,7 +24,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, stop_s: int) -> None:
         """Take the seconds that what is at work has at the stop; what does not read its answer has one more."""
-        config.timeout_graceful_shutdown = stop_s + 2 * LAST_S
+        config.timeout_graceful_shutdown = stop_s + HANGS_S
         super().__init__(config)
         self._service, self._stop_s = service, stop_s
 
@@ -41,13 +42,16 @@ class Server(uvicorn.Server):
         """Wait for what is at work, as long as there is time."""
         self._service.stop()
         loop = asyncio.get_running_loop()
-        ends = loop.call_later(self._stop_s, self._service.end_all)
-        cuts = loop.call_later(self._stop_s + LAST_S, self._cut_off)
+        self._next = loop.call_later(self._stop_s, self._end_all)
         try:
             await super().shutdown(sockets)
         finally:
-            ends.cancel()
-            cuts.cancel()
+            self._next.cancel()
+
+    def _end_all(self) -> None:
+        """Have those who wait told, and give the answers their time from now on: a busy machine may be late here."""
+        self._service.end_all()
+        self._next = asyncio.get_running_loop().call_later(LAST_S, self._cut_off)
 
     def _cut_off(self) -> None:
         """End the connections that are left: their clients take no answer in."""

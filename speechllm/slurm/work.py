@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.errors import EXIT_OURS, EXIT_STOPPED
-from speechllm.runtime import on_signals, setup_logging, write_json
+from speechllm.runtime import FIRST_PORT, NUM_PORTS, on_signals, setup_logging, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,6 @@ POLL_S = 0.5
 REPEAT_S = 10.0  # a library may swallow what a signal raises; a command that is saving may well be told twice
 LOOK_S = 5.0  # between two looks at how the other tasks ended
 GRACE_S = 60.0  # for this task once another has failed
-FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below the ports that outgoing connections take
 SLURM_TRIES, SLURM_PAUSE_S, SLURM_LIMIT_S = 3, 5.0, 60.0
 
 

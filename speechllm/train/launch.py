@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from speechllm.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USER, fail
-from speechllm.runtime import on_signals
+from speechllm.runtime import FIRST_PORT, NUM_PORTS, on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,9 +60,12 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody has, and that no connection takes while the processes import torch."""
+    while True:
+        port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -77,21 +81,23 @@ def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """Return which process failed first and how, or (0, 0) where none did; none is left running.
+    """Return which process failed and how, or (0, 0) where none did; none is left running.
 
-    Where several have, that whose status says most: the others may have failed for want of it.
+    Where several have, it is that whose status says most: the others may have failed for want of it.
     """
-    failed = (0, 0)
+    failed, killed = (0, 0), False
     deadline = float("inf")
     while True:
-        running = any(process.poll() is None for process in ranks)
+        running = None in [process.poll() for process in ranks]  # each is asked, also behind one that runs
         ended = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode]
-        if ended and not failed[1]:
-            failed = min(ended, key=lambda one: one[1] == EXIT_OURS)
-            deadline = time.monotonic() + GRACE_S
+        if ended:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        if not killed:  # one whose fault it was may take longer to end than the others
+            failed = min(ended, key=lambda one: one[1] == EXIT_OURS, default=failed)
         if not running:
             return failed
         if time.monotonic() > deadline:
+            killed = True
             for process in ranks:
                 process.kill()
         time.sleep(POLL_S)

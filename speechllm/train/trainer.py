@@ -108,7 +108,7 @@ def stopped_by_signals() -> Iterator[None]:
         yield
 
 
-class _BrokenOff(Exception):  # noqa: N818 - it is no error
+class _BrokenOff(BaseException):
     """A signal came while the model was being validated."""
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,7 +97,12 @@ class _Armed:
     def _step(self) -> None:
         self.count += 1
         if self.count == self.trap.nth:
-            os.kill(os.getpid(), self.trap.number)
+            if (
+                self.trap.number == signal.SIGSTOP
+            ):  # here: one to the process goes to its main thread, which may be late
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+            else:
+                os.kill(os.getpid(), self.trap.number)
 
 
 def _paths(arguments: tuple[object, ...]) -> list[str]:

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ from speechllm.config import load as configs
 from speechllm.errors import EXIT_USER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from faulty import Ended, Running
 
 MIB = 1 << 20
@@ -68,10 +71,22 @@ def with_memory(mib: int, running: Running) -> Ended:
     return running.wait()
 
 
-def limit(pid: int, mib: int) -> None:
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[0])
+def limit(pid: int, mib: int, while_: Callable[[], bool] = lambda: False) -> None:
+    """Bound a process to `mib` more than the least that it has as long as something holds."""
+    pages = taken(pid)
+    while while_():
+        pages = min(pages, taken(pid))
+        time.sleep(0.002)
     bound = pages * resource.getpagesize() + mib * MIB
     resource.prlimit(pid, resource.RLIMIT_AS, (bound, bound))
+
+
+def taken(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[0])
+
+
+def has_two_lines(path: Path, process: subprocess.Popen[str]) -> bool:
+    return process.poll() is not None or path.read_bytes().count(b"\n") > 1
 
 
 def wide(folder: Path, utterances: int, **train: object) -> Setting:
@@ -127,7 +142,7 @@ def test_34_memory_that_only_the_second_of_two_processes_lacks_is_told_too(tmp_p
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **malloc}) as process:
         scenes.wait_until_filled(exp / "metrics.jsonl", process)
-        limit(scenes.children(process.pid)[1], 30)
+        limit(scenes.children(process.pid)[1], 30, while_=lambda: not has_two_lines(exp / "metrics.jsonl", process))
         _, stderr = process.communicate(timeout=faulty.TIME_LIMIT_S)
     ended = faulty.Ended(process.returncode, stderr)
     assert ended.status == EXIT_USER, stderr

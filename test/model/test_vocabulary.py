@@ -83,7 +83,7 @@ def test_kept_texts_keep_their_tokens_whatever_the_tokenizer(whole: PreTrainedTo
         assert [kept[index] for index in encode(cut, text)] == encode(whole, text)
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: not any(one in text for one in tiny.SPECIALS)))
 def test_any_text_decodes_back_to_itself(text: str) -> None:
     text = text.replace("▁", "_")  # the tokenizer's own sign for a blank
     assert CUT.decode(encode(CUT, text), skip_special_tokens=True) == text

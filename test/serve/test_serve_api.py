@@ -347,6 +347,7 @@ def test_saving_has_a_rate_and_takes_a_place() -> None:
     model = FakeModel()
     model.gate.clear()
     with serving(model, Limits(rate_per_min=3, max_queue=1)) as running, ThreadPoolExecutor(1) as pool:
+        running.service.rates.clock = lambda: 0.0
         held = pool.submit(running.post, TWO)
         assert model.began.wait(30)
         answers = [running.client.post("/formats/txt", json=CORRECTED) for _ in range(3)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Never
 
 SOUND = wav(numbered(3))
-LIMITS = Limits(rate_per_min=0)
+LIMITS = Limits(rate_per_min=0, headers_s=600)
 
 
 def connected(port: int, address: str) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from running import FakeModel, numbered, serving, wav
 
-from speechllm.serve.scratch import Scratch
+from speechllm.serve.scratch import Scratch, remove
 
 SOUND = wav(numbered(3))
 HOLD = """
@@ -103,3 +104,26 @@ def test_a_folder_that_another_server_takes_for_left_behind_is_not_used(
     assert taken != [str(scratch.path)]
     assert list(temporary.iterdir()) == [scratch.path]
     scratch.close()
+
+
+def test_a_file_that_is_made_while_its_folder_is_removed_does_not_keep_it(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that is being killed may still open its output."""
+    rmdir = os.rmdir
+    made: list[Path] = []
+
+    def late(path: str, **options: int) -> None:
+        if not made:
+            made.append(folder / "plain.wav")
+            made[0].touch()
+        rmdir(path, **options)
+
+    with contextlib.closing(Scratch()) as scratch:
+        folder = scratch.new_folder()
+        (folder / "upload").touch()
+        monkeypatch.setattr(os, "rmdir", late)
+        remove(folder)
+        assert made
+        assert list(scratch.path.iterdir()) == []
+    assert list(temporary.iterdir()) == []

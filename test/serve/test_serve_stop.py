@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -107,3 +108,26 @@ def test_a_request_is_refused_from_the_signal_on(monkeypatch: pytest.MonkeyPatch
         running.server.handle_exit(signal.SIGTERM, None)
         answer = running.client.get("/health")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+
+
+def test_a_machine_that_is_late_at_the_stop_tells_them_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FakeModel()
+    model.gate.clear()
+    body = HEAD + SOUND + TAIL
+    with no_fault_logged(caplog), contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(1) as pool, serving(model, LIMITS) as running:
+            end_all = running.service.end_all
+
+            def late() -> None:
+                time.sleep(2.5)  # in the loop, past the time in which answers are taken in
+                end_all()
+
+            monkeypatch.setattr(running.service, "end_all", late)
+            connection = stack.enter_context(running.raw(request(len(body)) + body))
+            assert model.began.wait(30)
+            answer = pool.submit(told, connection)
+            running.server.should_exit = True
+            running.thread.join(30)
+        assert answer.result() == STOPPING

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -93,10 +91,10 @@ def test_jobs_that_are_still_queued_are_waited_for_and_not_sent_twice(
 ) -> None:
     name = job_name("train", tmp_path / "exp/slurm/train")
     write(cluster / "sbatch", 'echo "Submitted batch job 7"\n')
-    write(cluster / "squeue", f"echo '7|RUNNING|None|{name}'\n")
-    stopper = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    stopper.start()
+    looked = f"echo '7|RUNNING|None|{name}'\n"
+    write(cluster / "squeue", f"kill -TERM {os.getpid()}\n{looked}")
     assert cli.run(order) == 75
+    write(cluster / "squeue", looked)
     assert capsys.readouterr().err == (
         "stopped: job 7 goes on without this command; the same command waits for it again, 'scancel 7' ends it\n"
     )
