@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from speechllm.errors import DataError
+from speechllm.errors import DataError, first_of
 from speechllm.runtime import write_json
 
 if TYPE_CHECKING:
@@ -44,4 +44,4 @@ def read_mark(path: Path) -> Mark:
     try:
         return Mark.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DataError(path, f"is no mark of an archive ({error.errors()[0]['msg']})", "run stage 2 again") from error
+        raise DataError(path, f"is no mark of an archive ({first_of(error)})", "run stage 2 again") from error

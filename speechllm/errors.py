@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from pydantic import ValidationError
+
 EXIT_OURS = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
@@ -23,6 +25,13 @@ CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 def one_line(text: str) -> str:
     """Return a text with blanks for line breaks and escapes for other control characters: names come from outside."""
     return " ".join(text.split()).translate(CONTROLS)
+
+
+def first_of(error: ValidationError) -> str:
+    """Return the first fault that pydantic found, behind the dotted name of its field where it has one."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    return f"{name}: {first['msg']}" if name else first["msg"]
 
 
 class UserError(Exception):

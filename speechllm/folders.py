@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -35,6 +36,12 @@ def check_own(out: Path, own: Collection[str] = ()) -> None:
             raise DataError(
                 out, f"holds {what} ({mark}), and would be written over", "name another folder for the output"
             )
+
+
+def leads_out(name: str) -> bool:
+    """Return whether the path of a file, as something from outside says it, is none below the folder it is said of."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 @contextlib.contextmanager

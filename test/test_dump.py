@@ -469,8 +469,14 @@ def test_two_parts_are_made_at_once(setting: Setting, tmp_path: Path, monkeypatc
     ids=["the whole", "the same part", "another division", "a part"],
 )
 def test_what_another_process_is_at_is_refused(
-    setting: Setting, tmp_path: Path, made: list[int], held: str, part: dumping.Part | None
+    setting: Setting,
+    tmp_path: Path,
+    made: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    held: str,
+    part: dumping.Part | None,
 ) -> None:
+    monkeypatch.setattr(dumping, "BEGIN_WAIT_S", 0.2)
     out = tmp_path / "out"
     with only_writer(out / held), pytest.raises(DataError) as caught:
         run(setting, out, part)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, ClassVar
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ from transformers import (
 
 from speechllm.config.schema import DEFAULT_TEMPLATE, Config, LoraConfig
 from speechllm.data import archive, audio, kaldi
-from speechllm.errors import UserError
 from speechllm.model.hub import Resolved, resolve
 from speechllm.model.lm import LORA_KEY, LanguageModel, add_lora, load_lm
 from speechllm.model.projector import build_projector
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from speechllm import dump
     from speechllm.config.schema import Projector
 
 CPU = torch.device("cpu")
@@ -80,7 +77,7 @@ WAV2VEC2_SIZES = {
     **ENCODER_SIZES,
     "conv_dim": (32,) * 7,
     # with 16, oneDNN 3.12 computes groups of fewer than 16 channels wrongly in bfloat16 where there is AMX
-    "num_conv_pos_embeddings": 10,
+    "num_conv_pos_embeddings": 14,
     "num_conv_pos_embedding_groups": 2,
 }
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
@@ -383,8 +380,24 @@ def data_folder(folder: Path, num_samples: Mapping[str, int]) -> Path:
     return folder / "data"
 
 
-class HerePool(contextlib.AbstractContextManager["HerePool"]):
-    """Stands in for a pool of processes, each of which takes seconds to import torch."""
+class AtOnce(Executor):
+    """Stands in for a pool: each job is done where it is submitted, so that it is known what comes first."""
+
+    def __init__(self, _workers: int) -> None:
+        """Do without workers, each of which takes seconds to import torch."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Return the future of a job that is done."""
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*arguments, **options))
+        except Exception as error:  # noqa: BLE001 - as a pool does
+            done.set_exception(error)
+        return done
+
+
+class HerePool(AtOnce):
+    """Stands in for a pool of processes, and keeps how many there were to be."""
 
     sizes: ClassVar[list[int]] = []
 
@@ -394,11 +407,3 @@ class HerePool(contextlib.AbstractContextManager["HerePool"]):
 
     def __exit__(self, *_error: object) -> None:
         torch.set_num_threads(self.threads)  # a worker sets its own process's
-
-    def submit(self, work: Callable[[dump.Shard], int], shard: dump.Shard) -> Future[int]:
-        done: Future[int] = Future()
-        try:
-            done.set_result(work(shard))
-        except UserError as error:
-            done.set_exception(error)
-        return done

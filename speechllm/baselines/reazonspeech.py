@@ -19,7 +19,7 @@ import yaml
 from speechllm.baselines.foreign import PARTIAL, Patience, Program, transcribe
 from speechllm.data import kaldi
 from speechllm.errors import ConfigError, ModelError
-from speechllm.folders import DECODE_RECORD, begin, finish, is_made, only_writer
+from speechllm.folders import DECODE_RECORD, begin, finish, is_made, leads_out, only_writer
 from speechllm.model.hub import digest_edges, find_local, unreachable
 from speechllm.runtime import provenance, write_json
 
@@ -207,7 +207,7 @@ def _read_meta(path: Path) -> dict[str, Path]:
         given = table.get(key) if isinstance(table, dict) else None
         if not isinstance(given, str):
             raise ModelError(path, f"names no {key} under {section}", fix)
-        if Path(given).is_absolute() or ".." in Path(given).parts:
+        if leads_out(given):
             raise ModelError(path, f"{key} {given} leads out of its folder", fix)
         files[role] = path.parent / given
         if not files[role].is_file():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speechllm.errors import ModelError
+from speechllm.folders import leads_out
 from speechllm.runtime import read_json, sha256
 from speechllm.text.normalize import get_profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from speechllm.config.schema import Config
 
@@ -67,7 +68,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     pairs = [line.split("  ", maxsplit=1) for line in lines if line]
     if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004 - a sum and a name
         raise ModelError(path, "is no list of sums and file names", again)
-    if outside := next((name for _, name in pairs if ".." in Path(name).parts or Path(name).is_absolute()), None):
+    if outside := next((name for _, name in pairs if leads_out(name)), None):
         raise ModelError(path, f"names {outside}, which is not in the folder", again)
     return {name: digest for digest, name in pairs}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from speechllm.errors import DataError
+from speechllm.errors import DataError, first_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,10 +101,7 @@ def read_score_file(path: Path) -> ScoreFile:
     try:
         found = ScoreFile.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        what = f"{place}: {first['msg']}" if place else first["msg"]
-        raise DataError(path, f"is no score file of ours ({what})", AGAIN) from error
+        raise DataError(path, f"is no score file of ours ({first_of(error)})", AGAIN) from error
     if "cer" not in found.metrics:
         raise DataError(path, "is no score file of ours (metrics: cer is not there)", AGAIN)
     return found

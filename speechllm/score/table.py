@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from speechllm.config.load import read_yaml
-from speechllm.errors import ConfigError, DataError
+from speechllm.errors import ConfigError, DataError, first_of
 from speechllm.runtime import sha256, write_text
 from speechllm.score.layout import Grid, as_latex, as_markdown
 from speechllm.score.record import AGAIN, read_score_file
@@ -103,9 +103,7 @@ def read_table(path: Path) -> Table:
     try:
         table = Table.model_validate(read_yaml(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(path, f"{where}: {first['msg']}", "mend the table's description") from error
+        raise ConfigError(path, first_of(error), "mend the table's description") from error
     recipe = recipe_of(path)
     rows = [
         row.model_copy(

@@ -10,21 +10,21 @@ import resource
 import subprocess
 import sys
 import time
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import faulty
 import numpy as np
 import soundfile
+import tiny
 from faulty import Ended, Running
 
 from speechllm import cli
 from speechllm.errors import EXIT_USER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from faulty import Trap
     from numpy.typing import NDArray
@@ -175,27 +175,11 @@ def read_table(path: Path) -> dict[str, str]:
 # Dumps
 
 
-class AtOnce(Executor):
-    """Stands in for a pool: each job is done where it is submitted, so that it is known what comes first."""
-
-    def __init__(self, _workers: int) -> None:
-        """Do without workers."""
-
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        """Return the future of a job that is done."""
-        done: Future[Any] = Future()
-        try:
-            done.set_result(work(*arguments, **options))
-        except Exception as error:  # noqa: BLE001 - as a pool does
-            done.set_exception(error)
-        return done
-
-
 def small_shards(arguments: list[str], log: Path, trap: Trap | None) -> None:
     """Run the command line as `faulty.child` does, with shards of two utterances that this process makes itself."""
     from speechllm import dump
 
-    vars(dump).update(UTTS_PER_SHARD=UTTS_PER_SHARD, worker_pool=AtOnce, ThreadPoolExecutor=AtOnce)
+    vars(dump).update(UTTS_PER_SHARD=UTTS_PER_SHARD, worker_pool=tiny.AtOnce, ThreadPoolExecutor=tiny.AtOnce)
     faulty.child(arguments, log, trap)
 
 

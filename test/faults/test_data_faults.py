@@ -48,7 +48,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speechllm.dump.worker_pool", scenes.AtOnce)
+    monkeypatch.setattr("speechllm.dump.worker_pool", tiny.AtOnce)
 
 
 @pytest.fixture

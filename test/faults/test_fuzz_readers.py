@@ -28,7 +28,7 @@ from speechllm.score.signature import tool
 from speechllm.text.reading import katakana_reading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -291,22 +291,24 @@ def altered(draw: st.DrawFn, value: object) -> object:
     return draw(VALUES | st.sampled_from(ODD))
 
 
-def read_a_table(path: Path) -> None:
+def read_a_table(path: Path) -> str:
     description = path.with_name("table.yaml")
     description.write_text(f"title: t\nabout: a\nrows: [{{name: n, score: {path}, command: c}}]\n", encoding="utf-8")
-    table.write_table([description], path.with_name("RESULTS.md"))
+    shown = table.write_table([description], path.with_name("RESULTS.md"))
+    (line,) = (line for line in shown.splitlines() if line.startswith("| n |"))
+    return line.rpartition(" | ")[2].removesuffix(" |")
 
 
-def read_a_model(path: Path) -> None:
+def read_a_model(path: Path) -> int:
     (path.parent / assemble.CONFIG_FILE).write_bytes(DEBUG.read_bytes())
     (path.parent / assemble.TRAINED_FILE).touch()
-    assert assemble.read_model(path.parent)[1].width_h > 0
+    return assemble.read_model(path.parent)[1].width_h
 
 
 RATE = {"value": 0.25, "ci95": [0.125, 0.5], "signature": f"metric:cer|tool:{tool()}"}
 TRAINING = {"trainable": 4, "minutes": 3.5, "trained_on": {"training set": "a", "training hours": 1.5}}
 RUN = {"training": TRAINING, "versions": {"torch": "2"}, "weights": {"encoder": "f0"}, "model": {"fingerprint": "f"}}
-RECORDS = {
+RECORDS: dict[str, dict[str, object]] = {
     "score.json": {
         "signature": RATE["signature"],
         "num_utts": 3,
@@ -331,7 +333,16 @@ RECORDS = {
         "text_profiles": ["train_v1"],
     },
 }
-READ = {"score.json": read_a_table, "feats.0000.json": read_mark, "model.json": read_a_model}
+READ: dict[str, Callable[[Path], object]] = {
+    "score.json": read_a_table,
+    "feats.0000.json": lambda path: read_mark(path).frames,
+    "model.json": read_a_model,
+}
+SAID: dict[str, Callable[[dict[str, object]], object]] = {
+    "score.json": lambda record: str(record["num_utts"]),
+    "feats.0000.json": lambda record: record["frames"],
+    "model.json": lambda record: record["width_h"],
+}
 
 
 @often
@@ -343,13 +354,14 @@ def test_records(watch: Watch, tmp_path_factory: pytest.TempPathFactory, data: s
     if data.draw(st.integers(0, 4)) == 0:
         blob = data.draw(changed(blob))
     (folder / name).write_bytes(blob)
-    watch.outcome("records", len(blob) + 1000, lambda: READ[name](folder / name))
+    found = watch.outcome("records", len(blob) + 1000, lambda: READ[name](folder / name))
+    assert isinstance(found, UserError) or found == SAID[name](json.loads(blob.decode("utf-8")))
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_records_that_nothing_was_done_to_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(json.dumps(RECORDS[name]), encoding="utf-8")
-    READ[name](tmp_path / name)
+    assert READ[name](tmp_path / name) == SAID[name](RECORDS[name])
 
 
 @often

@@ -23,6 +23,7 @@ import faulty
 import kaldiio
 import pytest
 import scenes
+import tiny
 import torch
 import yaml
 from faulty import Setting, Trap
@@ -75,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     setting = faulty.make(tmp_path_factory.mktemp("load"), LENGTHS, **FIELDS)
     store, exp = setting.folder / "store", setting.folder / "exp"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("speechllm.dump.worker_pool", scenes.AtOnce)
+        patch.setattr("speechllm.dump.worker_pool", tiny.AtOnce)
         dumped = speechllm("dump", "--conf", setting.conf, "--data", setting.train, "--out", store)
     assert dumped.status == 0, dumped.output
     done = setting.run(exp)

@@ -99,7 +99,7 @@ def test_frames_are_hugging_faces_own(
         theirs = their_frames(hugging_face(folders[kind]), folders[kind], counts, layer)
     assert worst(made.encode(waves(counts)), theirs) <= 1e-5  # without gradients, where memory is used again
     assert worst(made.frames(waves(counts)), theirs) <= 1e-5
-    assert min(float(frames.std()) for frames in theirs) > 0.4
+    assert min(float(frames.std()) for frames in theirs) > 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

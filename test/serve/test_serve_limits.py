@@ -435,10 +435,10 @@ def test_who_leaves_while_his_file_is_unpacked_kills_its_process() -> None:
 def test_a_text_that_takes_too_long_is_given_up() -> None:
     model = FakeModel()
     model.gate.clear()
-    with serving(model, Limits(timeout_s=0.5, rate_per_min=0)) as running:
+    with serving(model, Limits(timeout_s=2, rate_per_min=0)) as running:
         assert code_of(running.post(SHORT)) == (503, "timeout")
         late = running.post(SHORT, stream="true")
-        assert '"code":"timeout"' in late.text.replace('": "', '":"')  # of an answer, where its file was late too
+        assert '"code": "timeout"' in late.text
         running.wait_free()
         model.gate.set()
         running.service.limits = Limits(rate_per_min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,10 @@ def _watch(tmp_path: Path, text: str = QUICK) -> Watch:
     return Watch([JOB], tmp_path / "logs", load(write(tmp_path / "slurm.yaml", text)))
 
 
-def test_a_cancelled_job_is_over_at_once_and_without_accounting(cluster: Path, tmp_path: Path) -> None:
+def test_a_cancelled_job_is_over_at_once_and_without_accounting(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speechllm.slurm.watch.GRACE_S", math.inf)  # for which it does not wait
     write(cluster / "squeue", f"echo '12|CANCELLED|None|{JOB.name}'\n")
     endings = _watch(tmp_path).wait(threading.Event())
     assert [one.status for one in endings] == [75]
