@@ -11,10 +11,10 @@ import pytest
 
 # models this small gain nothing from threads, which on a busy machine wait for each other; read when torch is loaded
 os.environ["OMP_NUM_THREADS"] = "1"
-# no test may reach the network, nor depend on a user's own models
+# no test may reach the network, not even a proxy, nor depend on a user's own models
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("SPEECHLLM_MODELS", None)
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+os.environ.pop("SPEECHLLM_MODELS", None)
 # nor take itself for a process of another training or job
 for _name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_")) and name != "SLURM_CONF"]:
     del os.environ[_name]

@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,13 +95,12 @@ class _Armed:
 
     def _step(self) -> None:
         self.count += 1
-        if self.count == self.trap.nth:
-            if (
-                self.trap.number == signal.SIGSTOP
-            ):  # here: one to the process goes to its main thread, which may be late
-                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-            else:
-                os.kill(os.getpid(), self.trap.number)
+        if self.count != self.trap.nth:
+            return
+        if self.trap.number == signal.SIGSTOP:
+            signal.raise_signal(signal.SIGSTOP)  # in this thread: the process's main thread may be late
+        else:
+            os.kill(os.getpid(), self.trap.number)
 
 
 def _paths(arguments: tuple[object, ...]) -> list[str]:
