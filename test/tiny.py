@@ -76,8 +76,7 @@ ENCODER_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads
 WAV2VEC2_SIZES = {
     **ENCODER_SIZES,
     "conv_dim": (32,) * 7,
-    # with 16, oneDNN 3.12 computes groups of fewer than 16 channels wrongly in bfloat16 where there is AMX
-    "num_conv_pos_embeddings": 14,
+    "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
 }
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}

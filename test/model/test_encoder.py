@@ -236,13 +236,17 @@ def test_a_checkpoint_says_itself_whether_its_input_is_normalised(tmp_path: Path
 
 
 @pytest.mark.parametrize("family", tiny.ENCODERS)
-def test_frames_are_float32_without_gradient_in_any_precision(family: str, folders: dict[str, Path]) -> None:
-    config = EncoderConfig(name=str(folders[family]), dtype="bfloat16")
-    made = load_encoder(config, tiny.found(folders[family]), tiny.CPU)
+def test_frames_are_float32_without_gradient_in_any_precision(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with 16, oneDNN 3.12 computes groups of fewer than 16 channels wrongly in bfloat16 where there is AMX
+    monkeypatch.setitem(tiny.WAV2VEC2_SIZES, "num_conv_pos_embeddings", 10)
+    folder = tiny.ENCODERS[family](tmp_path)
+    made = load_encoder(EncoderConfig(name=str(folder), dtype="bfloat16"), tiny.found(folder), tiny.CPU)
     frames_eh = made.encode([tiny.wave(3_000), tiny.wave(5_000)])[0]
     assert frames_eh.dtype == torch.float32
     assert not frames_eh.requires_grad
-    exact = encoder(folders[family]).encode([tiny.wave(3_000)])[0]
+    exact = encoder(folder).encode([tiny.wave(3_000)])[0]
     assert (frames_eh - exact).abs().mean() < 0.1
 
 
